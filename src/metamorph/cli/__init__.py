@@ -1,0 +1,1 @@
+"""The `metamorph` command, one file per noun."""

@@ -1,0 +1,1 @@
+"""Data: raw rows become examples, examples become batches."""

@@ -1,0 +1,1 @@
+"""The decoder: visual tokens become pixels."""

@@ -1,0 +1,1 @@
+"""Evaluation: tasks, metrics with intervals, and the runner."""

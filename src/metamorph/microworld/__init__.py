@@ -1,0 +1,1 @@
+"""A tiny world whose truth is known, with pretrained parts of its own."""

@@ -1,0 +1,1 @@
+"""Reporting: tables, plots and self-contained HTML pages. Plain data in, page out."""
