@@ -9,12 +9,14 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from metamorph.decoder.pipeline import VisualDecoderPipeline
     from metamorph.errors import MetaMorphError
     from metamorph.messages import Example, ImagePart, Message, TextPart, VideoPart
     from metamorph.model.configuration import MetaMorphConfig
     from metamorph.model.modeling import MetaMorph
     from metamorph.model.processing import MetaMorphProcessor
     from metamorph.pipeline import MetaMorphPipeline
+    from metamorph.training.config import RunConfig
 
 __version__ = "0.1.0"
 
@@ -24,12 +26,12 @@ _HOME = {
     "ImagePart": "metamorph.messages",
     "VideoPart": "metamorph.messages",
     "Example": "metamorph.messages",
-    "MetaMorphConfig": "metamorph.model",
-    "MetaMorph": "metamorph.model",
-    "MetaMorphProcessor": "metamorph.model",
+    "MetaMorphConfig": "metamorph.model.configuration",
+    "MetaMorph": "metamorph.model.modeling",
+    "MetaMorphProcessor": "metamorph.model.processing",
     "MetaMorphPipeline": "metamorph.pipeline",
-    "VisualDecoderPipeline": "metamorph.decoder",
-    "RunConfig": "metamorph.training",
+    "VisualDecoderPipeline": "metamorph.decoder.pipeline",
+    "RunConfig": "metamorph.training.config",
     "MetaMorphError": "metamorph.errors",
 }
 
