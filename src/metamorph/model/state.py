@@ -5,7 +5,7 @@ kept, replayed, merged with another or thrown away. Rows are independent: what a
 
     text ──<image_start>──> image ──k visual tokens──> image_end ──<image_end>──> text ── ... ──> finished
 
-Axes: b rows, t cached positions (left-padded: a row's positions end at the last column), d LLM width, k visual tokens per image, v vision width.
+Axes: b rows, t cached positions (left-padded: every row ends at the last column), d LLM width.
 """
 
 from __future__ import annotations
@@ -121,6 +121,12 @@ class Slot:
         """Whether an image is allowed here and would be complete: <image_start>, k visual tokens and <image_end> still fit."""
         wanted = self.options.allow_images and self.num_images < self.options.max_images
         return wanted and self.positions_left(vocabulary) >= vocabulary.num_visual_tokens + 2
+
+    def forced_token(self, vocabulary: Vocabulary) -> int | None:
+        """The token that this row must say now, if there is no choice."""
+        if self.mode == "image_end" and self.options.force_image_end:
+            return vocabulary.image_end_id
+        return vocabulary.image_start_id if self.options.begin_with_image and self.num_new == 0 else None
 
     def after_token(self, token_id: int, vocabulary: Vocabulary) -> Slot:
         """The slot once it has said a text token."""
