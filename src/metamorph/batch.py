@@ -44,7 +44,9 @@ class TokenSequence:
         place = self.id or "a sequence without id"
         t, n = len(self.input_ids), len(self.from_pixels)
         if len(self.labels) != t or len(self.is_visual) != t:
-            raise AlignmentError(f"{len(self.labels)} labels and {len(self.is_visual)} image flags but {t} positions ({place}). Build them together.")
+            raise AlignmentError(
+                f"{len(self.labels)} labels and {len(self.is_visual)} image flags but {t} positions ({place}). Build them together."
+            )
         if len(self.visual_targets) != n:
             raise AlignmentError(f"{len(self.visual_targets)} target flags but {n} images ({place}). Give one flag for each image.")
         check_image_counts(self.is_visual, self.pixel_values, self.visual_tokens, self.from_pixels, place)
@@ -181,7 +183,9 @@ def check_image_counts(
     positions, n, from_pixel_count = int(is_visual.sum()), len(from_pixels), int(from_pixels.sum())
     pixels = 0 if pixel_values is None else len(pixel_values)
     if pixels != from_pixel_count:
-        raise AlignmentError(f"{pixels} pixel images but {from_pixel_count} images flagged `from_pixels` ({place}). Give pixels for exactly those.")
+        raise AlignmentError(
+            f"{pixels} pixel images but {from_pixel_count} images flagged `from_pixels` ({place}). Give pixels for exactly those."
+        )
     if visual_tokens is not None and len(visual_tokens) != n:
         raise AlignmentError(f"{len(visual_tokens)} rows of visual tokens but {n} images ({place}). Give one row for each image.")
     if visual_tokens is None and from_pixel_count != n:
@@ -189,4 +193,6 @@ def check_image_counts(
     if (n == 0 and positions) or (n and (positions % n or not positions)):
         raise AlignmentError(f"{positions} image positions but {n} images ({place}). Was the sequence cut inside an image?")
     if visual_tokens is not None and n and positions != n * visual_tokens.shape[1]:
-        raise AlignmentError(f"{positions} image positions but {n} images x {visual_tokens.shape[1]} visual tokens ({place}). Was the sequence cut?")
+        raise AlignmentError(
+            f"{positions} image positions but {n} images x {visual_tokens.shape[1]} visual tokens ({place}). Was the sequence cut?"
+        )

@@ -109,7 +109,8 @@ def prefill(
         slots.append(slot)
     batch = left_pad(prompts).to(model.device)
     cache = DynamicCache()  # without a config: every layer keeps all positions, so that rows may join; sliding windows are masked
-    output = model(**batch.model_inputs(), past_key_values=cache, use_cache=True, logits_to_keep=1)
+    inputs = batch.model_inputs() | {"labels": None, "visual_targets": None}
+    output = model(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=1)
     return GenerationState(
         slots=tuple(slots),
         vocabulary=vocabulary,
@@ -249,7 +250,7 @@ def _say_tokens(model: MetaMorph, state: GenerationState, rows: list[int]) -> li
     token_ids = [slot.forced_token(state.vocabulary) for slot in slots]
     free = [i for i, token_id in enumerate(token_ids) if token_id is None]
     if free:
-        logits = model.get_output_embeddings()(state.hidden[[rows[i] for i in free]])
+        logits = model.predict_logits(state.hidden[[rows[i] for i in free]])
         for i, token_id in zip(free, choose_tokens(logits, [slots[i] for i in free], state.vocabulary), strict=True):
             token_ids[i] = token_id
     return [token_id for token_id in token_ids if token_id is not None]
@@ -259,7 +260,7 @@ def _advance(model: MetaMorph, state: GenerationState, inputs: Float[Tensor, "b 
     """Feed one embedding per row to the LLM: the next hidden states, and a cache one column longer."""
     mask = torch.cat([state.attention_mask, state.attention_mask.new_ones(len(state), 1)], dim=1)
     cache = fork_cache(state.cache)
-    output = model.language_model.base_model(
+    output = model.get_decoder()(
         inputs_embeds=inputs[:, None],
         attention_mask=mask,
         position_ids=torch.tensor(positions, device=inputs.device)[:, None],
