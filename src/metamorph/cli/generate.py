@@ -1,0 +1,122 @@
+"""`metamorph generate`: ask a model, print what it writes, save what it draws."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from metamorph.errors import CheckpointError, ConfigError
+
+if TYPE_CHECKING:
+    from metamorph.pipeline import MetaMorphPipeline, Reply
+
+DRAWING_PROMPT = "Generate an image of {prompt}"
+NOTHING_DRAWN = 3
+"""Exit code when an image was asked for with -o and the model drew none."""
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to the app."""
+    app.command("generate")(run)
+
+
+def run(
+    prompt: Annotated[str, typer.Argument(help="A question, an instruction, or with -o simply what to draw.")],
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Where to save the image: star.png, then star-2.png and so on.")
+    ] = None,
+    image: Annotated[list[Path] | None, typer.Option(help="An image to show to the model; may be repeated.")] = None,
+    model: Annotated[str | None, typer.Option(help="Directory of a model; by default the one that comes with the package.")] = None,
+    decoder: Annotated[
+        str | None, typer.Option(help="Directory of a decoder; by default `decoder` in the model's directory, or the shipped one.")
+    ] = None,
+    raw: Annotated[bool, typer.Option("--raw", help="Send the prompt as it is, also with -o.")] = False,
+    seed: Annotated[int, typer.Option(help="Same seed, same answer.")] = 0,
+    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token; higher values vary the answer.")] = 0.0,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest answer, visual tokens included.")] = 256,
+    steps: Annotated[int, typer.Option(min=1, help="Denoising steps per image.")] = 10,
+    guidance: Annotated[float, typer.Option(help="Guidance scale of the decoder; 1 is without.")] = 1.0,
+    device: Annotated[str | None, typer.Option(help="cuda, mps or cpu; by default the first that is there.")] = None,
+) -> None:
+    """Ask a model: it answers with text, an image, or both, as it sees fit.
+
+    With -o a bare description is drawn: `metamorph generate "a small red star at the top left" -o star.png` sends
+    "Generate an image of a small red star at the top left". Sent as they are: prompts with --image (questions and edits), with --raw,
+    without -o, or that already begin with "generate" or "draw".
+    """
+    from metamorph.messages import Message
+
+    if output is not None:
+        check_output(output)
+    pipeline = load(model, decoder, device, needs_decoder=output is not None)
+    words = drawing_prompt(prompt) if output is not None and not raw and not image else prompt
+    question = Message.user(*(image or []), words)
+    settings = {"temperature": temperature, "max_new_tokens": max_new_tokens}
+    reply = pipeline(question, seed=seed, steps=steps, guidance_scale=guidance, **settings)
+    _show(reply, output)
+
+
+def drawing_prompt(prompt: str) -> str:
+    """The instruction that draws a bare description; an instruction stays as it is."""
+    first_word = prompt.split(maxsplit=1)[0].lower() if prompt.strip() else ""
+    return prompt if first_word in ("generate", "draw") else DRAWING_PROMPT.format(prompt=prompt)
+
+
+def image_paths(output: Path, count: int) -> list[Path]:
+    """`star.png`, `star-2.png`, `star-3.png`, ..."""
+    return [output if number == 1 else output.with_stem(f"{output.stem}-{number}") for number in range(1, count + 1)]
+
+
+def check_output(output: Path) -> None:
+    """Refuse a path to which no image can be saved, before anything is computed.
+
+    Raises:
+        ConfigError: a directory, or a suffix that is no image format.
+    """
+    from PIL import Image
+
+    if output.is_dir():
+        raise ConfigError(f"a directory but a file name is needed (-o {output}). Add a name such as star.png.")
+    formats = Image.registered_extensions()
+    if formats.get(output.suffix.lower()) not in Image.SAVE:
+        raise ConfigError(f"suffix {output.suffix!r} but an image format is needed (-o {output}). Use .png.")
+
+
+def load(model: str | None, decoder: str | None, device: str | None, *, needs_decoder: bool) -> MetaMorphPipeline:
+    """The pipeline of a model directory, or of the shipped model.
+
+    Raises:
+        CheckpointError: a directory that does not exist, or a decoder that is needed but missing.
+    """
+    from metamorph.pipeline import MetaMorphPipeline
+
+    if model is None:
+        from metamorph.microworld.components import shipped
+
+        model, decoder = str(shipped("metamorph")), decoder or str(shipped("decoder"))
+    elif decoder is None and (Path(model) / "decoder").is_dir():
+        decoder = str(Path(model) / "decoder")
+    if needs_decoder and decoder is None:
+        raise CheckpointError(f"no decoder but -o needs one ({model}). Give --decoder DIR.")
+    return MetaMorphPipeline.from_pretrained(model, decoder, device=device)
+
+
+def _show(reply: Reply, output: Path | None) -> None:
+    """Print the text, save the images, say where; leave with `NOTHING_DRAWN` if an image was asked for and there is none."""
+    if reply.text:
+        typer.echo(reply.text)
+    drawn = len(reply.visual_tokens)
+    if output is not None:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        for path, image in zip(image_paths(output, len(reply.images)), reply.images, strict=True):
+            image.save(path)
+            typer.echo(f"saved {path} ({image.width}x{image.height})", err=True)
+        if not drawn:
+            typer.echo("The model drew no image. Ask for one, for instance: Generate an image of ...", err=True)
+            raise typer.Exit(NOTHING_DRAWN)
+    elif drawn:
+        typer.echo(f"The model drew {drawn} image(s). Give -o star.png to keep them.", err=True)
+    if reply.reason != "eos":
+        typer.echo(f"The answer was cut ({reply.reason}). Raise --max-new-tokens for a longer one.", err=True)
