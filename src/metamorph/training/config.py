@@ -1,0 +1,297 @@
+"""What a run is: a frozen, validated tree of settings. A recipe returns one; YAML with the same fields works too.
+
+RunConfig
+├── ModelConfig        which LLM and vision encoder become one model, or which model is trained on
+├── DataConfig         example sources (dotted path and keyword arguments), their weights, packing
+├── StageConfig ...    what is trained, in sequence
+│   ├── TrainingConfig     steps, batch, optimizer, schedule, checkpoints
+│   └── DataConfig         where a stage reads other data than the run
+└── DecoderConfig      for a run that trains the diffusion decoder instead
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import PydanticCustomError
+
+from metamorph.errors import ConfigError
+
+
+class Section(BaseModel):
+    """Base of every settings class: frozen; an unknown field or a wrong type is a ConfigError, with the nearest name."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, protected_namespaces=())
+
+    def __init__(self, **values: Any) -> None:
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            raise ConfigError(_describe(type(self).__name__, error)) from None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Nested plain values, from which an equal section can be built."""
+        return self.model_dump(mode="json")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _name_unknown_fields(cls, values: Any) -> Any:
+        unknown = [name for name in values if name not in cls.model_fields] if isinstance(values, Mapping) else []
+        if unknown:
+            text = unknown_name(unknown[0], list(cls.model_fields), f"field of {cls.__name__}")
+            raise PydanticCustomError("unknown_field", "{text}", {"text": text})
+        return values
+
+
+class TrainingConfig(Section):
+    """How weights change: the settings of one call of `train`."""
+
+    steps: int = Field(ge=1)
+    """Optimizer steps."""
+    batch_size: int = Field(default=32, ge=1)
+    """Sequences per step over all processes; used by whoever builds the stream."""
+    micro_batch_size: int | None = Field(default=None, ge=1)
+    """Sequences per forward pass on one process; None = the whole share of a step at once."""
+    learning_rate: float = Field(default=1e-3, gt=0)
+    learning_rate_scale: dict[str, float] = {}
+    """Multiplies the learning rate of parameters whose name starts with the key (a module's dotted name)."""
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    warmup_ratio: float = Field(default=0.03, ge=0, lt=1)
+    """Share of the steps in which the learning rate rises."""
+    warmup: Literal["linear", "logarithmic"] = "linear"
+    min_learning_rate_ratio: float = Field(default=0.0, ge=0, le=1)
+    """The learning rate ends at this share of its peak."""
+    weight_decay: float = Field(default=0.0, ge=0)
+    """Only on matrices: norms and biases are never decayed."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    grad_clip: float | None = Field(default=1.0, gt=0)
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """auto = bfloat16 autocast where the device is measured or known to be fast at it."""
+    gradient_checkpointing: bool = False
+    normalization: Literal["global", "micro_batch"] = "global"
+    """Divide each loss by the number of its targets in the whole step, or (as the authors) in each micro-batch."""
+    visual_loss_weight: float = Field(default=1.0, ge=0)
+    loss_weights: dict[str, float] = {}
+    """Weights of further kinds of loss; 1.0 where nothing is said."""
+    seed: int = 0
+    checkpoint_every: int | None = Field(default=None, ge=1)
+    """Steps between checkpoints; None = only one, at the end."""
+    keep: int = Field(default=2, ge=1)
+    """Checkpoints to keep."""
+    log_every: int = Field(default=10, ge=1)
+    evaluate_every: int | None = Field(default=None, ge=1)
+    """Steps between evaluations; None = only at the end."""
+    device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
+
+    @property
+    def warmup_steps(self) -> int:
+        """Steps in which the learning rate rises."""
+        return round(self.warmup_ratio * self.steps)
+
+    def loss_weight(self, kind: str) -> float:
+        """Weight of a kind of loss in the total."""
+        return self.loss_weights.get(kind, self.visual_loss_weight if kind == "visual" else 1.0)
+
+
+class ModelConfig(Section):
+    """Where the trained model starts: an LLM and a vision encoder to join, or a saved MetaMorph."""
+
+    llm: str | None = None
+    vision: str | None = None
+    start: str | None = None
+    """A saved MetaMorph to go on from, instead of `llm` and `vision`."""
+    overrides: dict[str, Any] = {}
+    """Fields of MetaMorphConfig that differ from their defaults, for a model joined from `llm` and `vision`."""
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> ModelConfig:
+        if (self.start is None) == (self.llm is None) or (self.llm is None) != (self.vision is None):
+            given = f"llm={self.llm!r}, vision={self.vision!r}, start={self.start!r}"
+            raise ValueError(f"{given} but either llm and vision, or start, is needed")
+        return self
+
+
+class SourceConfig(Section):
+    """One source of examples: a function, by dotted path, that returns an ExampleSource when called with `kwargs`."""
+
+    source: str
+    kwargs: dict[str, Any] = {}
+    weight: float = Field(default=1.0, gt=0)
+    """Share of this source among the sequences that are read, before normalising."""
+
+
+class DataConfig(Section):
+    """What is read, in which mixture, and how it is put into batches."""
+
+    sources: tuple[SourceConfig, ...] = Field(min_length=1)
+    max_length: int = Field(default=4096, ge=2)
+    """Longest sequence, and the length of a packed row; a longer conversation is refused."""
+    pack: bool = False
+    """Several conversations in one row instead of padding."""
+    workers: int = Field(default=0, ge=0)
+    cache_encoder: bool = False
+    """Keep the frozen encoder's outputs in memory, by image, instead of computing them each time."""
+
+
+class StageConfig(Section):
+    """One stage: which modules train, and how. Stages run in sequence, each from the weights the last one left."""
+
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")
+    train: tuple[str, ...] | None = None
+    """Dotted names of the modules that train; None = all."""
+    freeze: tuple[str, ...] = ()
+    """Dotted names of modules that do not, taken from `train`."""
+    training: TrainingConfig
+    data: DataConfig | None = None
+    """None = the run's."""
+
+
+class DecoderConfig(Section):
+    """A run that trains the diffusion decoder: where it starts, what conditions it, and its objective."""
+
+    encoder: str
+    """A saved MetaMorph, or the reference of a vision encoder, whose visual tokens are the condition."""
+    base: str
+    """A saved diffusion pipeline to start from."""
+    conditioner: dict[str, Any] = {}
+    """Settings of the VisualConditioner."""
+    objective: dict[str, Any] = {}
+    """Settings of the objective: prediction, times, condition dropout and noise."""
+    ema_decay: float | None = Field(default=None, gt=0, lt=1)
+
+
+class RunConfig(Section):
+    """A whole run: a model (or a decoder), data, stages, and where everything is written."""
+
+    name: str
+    description: str = ""
+    output_dir: str | None = None
+    """None = runs/<name>."""
+    model: ModelConfig | None = None
+    decoder: DecoderConfig | None = None
+    data: DataConfig
+    stages: tuple[StageConfig, ...] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> RunConfig:
+        if (self.model is None) == (self.decoder is None):
+            raise ValueError("both or neither of model and decoder given but a run trains exactly one of them")
+        names = [stage.name for stage in self.stages]
+        if len(set(names)) != len(names):
+            raise ValueError(f"stages named {names} but each needs a name of its own")
+        return self
+
+    @property
+    def run_dir(self) -> Path:
+        """Where config, metrics, checkpoints and the final model are written."""
+        return Path(self.output_dir) if self.output_dir else Path("runs") / self.name
+
+    def with_overrides(self, assignments: Mapping[str, Any]) -> RunConfig:
+        """A copy with other values, by dotted path: {"stages.0.training.steps": 10}.
+
+        Raises:
+            ConfigError: a path leads nowhere, or a value does not fit.
+        """
+        values = self.to_dict()
+        for path, value in assignments.items():
+            _assign(values, path, value, type(self))
+        return RunConfig(**values)
+
+    def save(self, path: Path) -> None:
+        """Write as YAML."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True), encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: Path) -> RunConfig:
+        """Read from YAML.
+
+        Raises:
+            ConfigError: the file is missing, not YAML, or has a field that does not exist.
+        """
+        try:
+            values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            raise ConfigError(f"no readable YAML but a run configuration was expected ({path}): {error}. Check the file.") from None
+        if not isinstance(values, dict):
+            raise ConfigError(f"{type(values).__name__} but a mapping of fields was expected ({path}). Give the fields of RunConfig.")
+        try:
+            return cls(**values)
+        except ConfigError as error:
+            raise ConfigError(f"{error} ({path})") from None
+
+
+def parse_assignments(assignments: list[str]) -> dict[str, Any]:
+    """`["stages.0.training.steps=10"]` as a mapping; values are YAML scalars (a list or mapping is refused).
+
+    Raises:
+        ConfigError: an assignment has no `=`, or its value is not a scalar.
+    """
+    parsed = {}
+    for assignment in assignments:
+        path, equals, text = assignment.partition("=")
+        if not equals or not path.strip():
+            raise ConfigError(f"{assignment!r} but field=value was expected (--set). Write for example --set stages.0.training.steps=100.")
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise ConfigError(f"{text!r} but a YAML scalar was expected (--set {path}): {error}. Quote the value.") from None
+        if isinstance(value, list | dict):
+            raise ConfigError(f"a {type(value).__name__} but a scalar was expected (--set {path}). Use a YAML file for lists and mappings.")
+        parsed[path.strip()] = value
+    return parsed
+
+
+def unknown_name(name: str, known: list[str], what: str) -> str:
+    """The sentence for a name that does not exist, with the nearest one that does."""
+    nearest = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
+    remedy = f"Did you mean {nearest[0]!r}?" if nearest else f"Known are: {', '.join(known) or 'none'}."
+    return f"{name!r} but that is no {what}. {remedy}"
+
+
+def _assign(values: Any, path: str, value: Any, root: type[Section]) -> None:
+    """Set one leaf of nested dicts and lists, checking every part of the path."""
+    parts = path.split(".")
+    for depth, part in enumerate(parts):
+        place = f"--set {path}"
+        if isinstance(values, list):
+            if not part.isdigit() or int(part) >= len(values):
+                raise ConfigError(f"{part!r} but an index from 0 to {len(values) - 1} was expected ({place}). Count from 0.")
+            key: Any = int(part)
+        elif isinstance(values, dict):
+            free = depth > 0 and parts[depth - 1] in _FREE_MAPPINGS  # keys of these are data, not fields
+            if part not in values and not free:
+                owner = ".".join(parts[:depth]) or root.__name__
+                raise ConfigError(f"{unknown_name(part, list(values), f'field of {owner}')} ({place})")
+            key = part
+        else:
+            raise ConfigError(f"{part!r} but {'.'.join(parts[:depth])} has no fields ({place}). Shorten the path.")
+        if depth == len(parts) - 1:
+            values[key] = value
+        else:
+            values = values.setdefault(key, {}) if isinstance(values, dict) else values[key]
+
+
+_FREE_MAPPINGS = frozenset({"kwargs", "overrides", "loss_weights", "learning_rate_scale", "conditioner", "objective"})
+
+
+def _describe(what: str, error: ValidationError) -> str:
+    problems = []
+    for problem in error.errors(include_url=False):
+        place = ".".join(str(part) for part in problem["loc"])
+        if problem["type"] == "unknown_field":
+            problems.append(f"{problem['msg']} ({'.'.join([what, *([place] if place else [])])})")
+        elif problem["type"] == "value_error":
+            problems.append(f"{problem['msg'].removeprefix('Value error, ')} ({'.'.join([what, *([place] if place else [])])})")
+        else:
+            problems.append(f"{problem['input']!r} but {_lower_first(problem['msg'])} ({what}.{place})")
+    return "; ".join(problems)
+
+
+def _lower_first(text: str) -> str:
+    return text[:1].lower() + text[1:]

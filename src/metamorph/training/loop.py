@@ -1,0 +1,199 @@
+"""The training loop: for the LLM, the decoder and every pretrained part, on one process and on many.
+
+A step function turns a model and a batch into losses; the loop divides each by the number of its targets in the whole step, over all
+micro-batches and processes, and does the rest.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import nn
+
+from metamorph.errors import CheckpointError
+from metamorph.training.checkpoint import (
+    Companion,
+    Stateful,
+    list_checkpoints,
+    load_checkpoint,
+    load_weights,
+    read_details,
+    save_checkpoint,
+)
+from metamorph.training.config import TrainingConfig
+from metamorph.training.device import choose_precision, pick_device, processes, rank, world_size
+from metamorph.training.optim import build_optimizer, set_learning_rate
+from metamorph.training.stepping import Engine, StepFunction, TrainingBatch, check_losses, clip_gradients, count_tokens, share_counts
+from metamorph.training.trackers import MetricsFile, TerminalTracker, Tracker
+
+Evaluator = Callable[[Any, int], Mapping[str, Any]]
+
+
+@runtime_checkable
+class Stream(Stateful, Protocol):
+    """Batches without end: each item holds the micro-batches of one step on this process. The state is that of what was taken."""
+
+    def __next__(self) -> list[Any]:
+        """The micro-batches of the next step."""
+        ...
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """How a call of `train` went."""
+
+    step: int
+    """Updates made in all, those before a resume included."""
+    history: list[dict[str, Any]] = field(repr=False)
+    """The rows logged by this call."""
+    seconds: float
+    precision: str
+    checkpoint: Path
+    """The last one, after the last step."""
+
+
+def train(
+    step: StepFunction,
+    model: nn.Module,
+    stream: Stream,
+    config: TrainingConfig,
+    run_dir: Path | str,
+    *,
+    stage: str = "train",
+    evaluators: Mapping[str, Evaluator] | None = None,
+    tracker: Tracker | None = None,
+    companions: Mapping[str, Companion] | None = None,
+    resume: bool = False,
+    start: Path | None = None,
+) -> TrainResult:
+    """Train what requires a gradient in `model`, in place.
+
+    Args:
+        step: model, batch -> the sum of each kind of loss over its targets, and their number, which must be `batch.target_counts[kind]`.
+        model: the whole model; frozen parts have `requires_grad` off.
+        stream: gives the micro-batches of each step; a batch has `target_counts`, `.to(device)` and, for error messages, `ids`.
+        config: steps, rates, precision and so on.
+        run_dir: gets metrics.jsonl and checkpoints/<stage>/.
+        stage: names the checkpoints and the rows of metrics.
+        evaluators: model, number of updates -> numbers to log; random states are kept from them.
+        tracker: shows progress; None = the terminal.
+        companions: what follows the weights, such as an EMA; saved and resumed with them.
+        resume: go on from the last complete checkpoint of this stage, if there is one.
+        start: checkpoint (of an earlier stage) that gives the weights when there is none to resume from.
+
+    Raises:
+        NonFiniteLossError: with step and record ids; the weights are those before the step.
+        AlignmentError: the number of targets of a loss is not the batch's.
+        CheckpointError: there are checkpoints but `resume` is off, or they do not fit.
+    """
+    device = pick_device(config.device)
+    with processes(device):
+        loop = _Loop.open(step, model, stream, config, Path(run_dir), stage, device, tracker, companions or {}, resume, start)
+        try:
+            return loop.run(evaluators or {})
+        finally:
+            for one in loop.trackers:
+                one.close()
+
+
+@dataclass
+class _Loop:
+    """What the loop holds: `open` builds or resumes it, `run` is the loop."""
+
+    engine: Engine
+    optimizer: torch.optim.Optimizer
+    stream: Stream
+    config: TrainingConfig
+    stage: str
+    checkpoints: Path
+    trackers: list[Tracker]
+    companions: Mapping[str, Companion]
+    done: int  # updates made so far
+    history: list[dict[str, Any]] = field(default_factory=list)
+
+    @classmethod
+    def open(cls, step, model, stream, config, run_dir, stage, device, tracker, companions, resume, start) -> _Loop:
+        checkpoints = run_dir / "checkpoints" / stage
+        last = next(reversed(list_checkpoints(checkpoints)), None)
+        if last is not None and not resume:
+            remedy = "Resume, or choose another directory."
+            raise CheckpointError(f"a checkpoint at {last.name} but an empty directory was expected ({checkpoints}). {remedy}")
+        torch.manual_seed(config.seed + rank())  # dropout and the like; each process its own
+        model.to(device)
+        # a resumed run keeps its precision: a measurement repeated may come out otherwise
+        precision = read_details(last)["precision"] if last else choose_precision(config.precision, device, model)
+        engine = Engine(step, model, config, device, precision)
+        optimizer = build_optimizer(model, config)
+        if last is not None:
+            done = load_checkpoint(last, model, optimizer, stream, companions=companions)["step"]
+        else:
+            done = 0
+            if start is not None:
+                load_weights(start, model)
+        trackers: list[Tracker] = []
+        if rank() == 0:
+            metrics = MetricsFile(run_dir / "metrics.jsonl", stage=stage, step=done if last else -1)
+            trackers = [metrics, tracker or TerminalTracker(stage, config.steps)]
+        return cls(engine, optimizer, stream, config, stage, checkpoints, trackers, companions, done)
+
+    def run(self, evaluators: Mapping[str, Evaluator]) -> TrainResult:
+        """The loop, in the order in which it happens."""
+        config, engine, began = self.config, self.engine, time.perf_counter()
+        for number in range(self.done + 1, config.steps + 1):
+            last = number == config.steps
+            started = time.perf_counter()
+            micro_batches: list[TrainingBatch] = next(self.stream)
+            waited = time.perf_counter() - started
+
+            shared = share_counts(micro_batches, engine.device)  # one exchange between processes, before the first forward
+            rate = set_learning_rate(self.optimizer, number, config)
+            parts = [engine.forward_backward(batch, shared) for batch in shared.padded(micro_batches)]
+            norm = clip_gradients(engine.model, config.grad_clip)
+            losses = check_losses(parts, norm, micro_batches, shared, config, number)  # the only wait for the device
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
+            for companion in self.companions.values():
+                companion.update(engine.model)
+            self.done = number
+
+            if number % config.log_every == 0 or number == 1 or last:
+                seconds = time.perf_counter() - started
+                speed = count_tokens(micro_batches) * world_size() / seconds
+                rates = {"learning_rate": rate, "grad_norm": losses.pop("grad_norm"), "tokens_per_second": speed}
+                self.log({**losses, **rates, "seconds": seconds, "data_wait_seconds": waited})
+            if last or (config.evaluate_every and number % config.evaluate_every == 0):
+                self.evaluate(evaluators)
+            if last or (config.checkpoint_every and number % config.checkpoint_every == 0):
+                self.save()
+        final = list_checkpoints(self.checkpoints)[-1]
+        return TrainResult(self.done, self.history, time.perf_counter() - began, engine.precision, final)
+
+    def log(self, row: Mapping[str, Any]) -> None:
+        full = {"step": self.done, "stage": self.stage, **row}
+        self.history.append(full)
+        for tracker in self.trackers:
+            tracker.log(full)
+
+    def evaluate(self, evaluators: Mapping[str, Evaluator]) -> None:
+        for name, evaluator in evaluators.items():
+            with self.engine.evaluation():
+                values = evaluator(self.engine.model, self.done)
+            self.log({"evaluation": name, **values})
+
+    def save(self) -> None:
+        details = {"stage": self.stage, "precision": self.engine.precision}
+        save_checkpoint(
+            self.checkpoints,
+            self.done,
+            self.engine.model,
+            self.optimizer,
+            self.stream,
+            companions=self.companions,
+            details=details,
+            keep=self.config.keep,
+        )
