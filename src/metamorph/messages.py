@@ -121,22 +121,23 @@ class Message:
 
 @dataclass(frozen=True)
 class Example:
-    """A conversation to learn from: its id and source appear in every error, its weight multiplies its losses."""
+    """A conversation to learn from; its weight multiplies its losses. Where it was read from (`origin`) is no part of what it is."""
 
     messages: tuple[Message, ...]
     id: str
     source: str
     kind: str = ""
     weight: float = 1.0
+    origin: str = field(default="", compare=False)  # "train.jsonl:812"
 
     @property
     def place(self) -> str:
-        """Where the example came from, as errors name it."""
-        return f"{self.source}:{self.id}" if self.source else self.id
+        """How errors name the example: file and line if it has them, else source and id."""
+        return self.origin or (f"{self.source}:{self.id}" if self.source else self.id)
 
 
-def as_part(value: PartLike) -> Part:
-    """Wrap a plain value as the part that it obviously is.
+def as_part(value: object) -> Part:
+    """Wrap a plain value (see `PartLike`) as the part that it obviously is.
 
     Raises:
         RecordError: a value of another type, or a list that holds something other than images.
@@ -151,7 +152,8 @@ def as_part(value: PartLike) -> Part:
         frames = tuple(as_part(frame) for frame in value)
         if all(isinstance(frame, ImagePart) for frame in frames):
             return VideoPart(frames)  # pyright: ignore[reportArgumentType]
-    raise RecordError(f"a part of type {type(value).__name__} but text, an image or a list of images is needed. A path must be a pathlib.Path.")
+    found = type(value).__name__
+    raise RecordError(f"a part of type {found} but text, an image or a list of images is needed. A path must be a pathlib.Path.")
 
 
 def validate_messages(messages: Sequence[Message], place: str = "messages", *, needs_answer: bool = False) -> None:
@@ -220,8 +222,8 @@ def messages_to_json(messages: Iterable[Message], *, root: Path | None = None) -
     return [{"role": message.role, "content": [_part_to_json(part, root) for part in message.parts]} for message in messages]
 
 
-def from_json(record: Mapping[str, Any], *, root: Path | None = None, place: str = "record") -> Example:
-    """The inverse of `to_json`; checks the structure of the record, then `validate_messages`.
+def from_json(record: Any, *, root: Path | None = None, place: str = "record") -> Example:
+    """The inverse of `to_json`; checks the structure of the record, then `validate_messages`. `place` becomes the origin.
 
     Raises:
         RecordError: a field is missing, unknown, or of the wrong type, or the conversation is malformed.
@@ -236,7 +238,7 @@ def from_json(record: Mapping[str, Any], *, root: Path | None = None, place: str
         raise RecordError(f"id {identity!r} but a string or integer is needed ({place}). Correct or drop it.")
     names = {name: _typed(record.get(name, ""), str, name, place) for name in ("source", "kind")}
     messages = messages_from_json(record["messages"], root=root, place=place)
-    return Example(messages, id=str(identity), source=names["source"], kind=names["kind"], weight=float(weight))
+    return Example(messages, str(identity), **names, weight=float(weight), origin=place)
 
 
 def messages_from_json(items: Any, *, root: Path | None = None, place: str = "messages") -> tuple[Message, ...]:
@@ -307,7 +309,7 @@ def _image_from_json(item: Any, root: Path | None, place: str) -> ImagePart:
     _check_fields(item, set(), {"type", "path", "base64", "visual_tokens"}, place)
     given = [name for name in ("path", "base64", "visual_tokens") if item.get(name) is not None]
     if len(given) != 1:
-        raise RecordError(f"an image with {len(given)} of (path, base64, visual_tokens) but exactly 1 is needed ({place}). Keep one of them.")
+        raise RecordError(f"an image with {len(given)} of path, base64, visual_tokens but exactly 1 is needed ({place}). Keep one.")
     if given == ["path"]:
         return ImagePart(resolve_inside(Path(_typed(item["path"], str, "path", place)), root, place))
     if given == ["base64"]:
@@ -332,10 +334,13 @@ def resolve_inside(path: Path, root: Path | None, place: str) -> Path:
     """
     if root is None:
         return path
-    joined = root / path
-    if "\0" in str(path) or not joined.resolve().is_relative_to(root.resolve()):
+    try:
+        inside = (root / path).resolve().is_relative_to(root.resolve())
+    except (OSError, RuntimeError, ValueError):  # a name too long, a loop of links, a null byte
+        inside = False
+    if not inside:
         raise MediaError(f"image path {str(path)!r} but a path inside {root} is needed ({place}). Move the file or name a higher root.")
-    return joined
+    return root / path
 
 
 def _relative(path: Path, root: Path | None) -> Path:
