@@ -63,7 +63,7 @@ class PointStream:
         generator = torch.Generator().manual_seed(self.taken)
         x = torch.randn(12, 4, generator=generator)
         if self.spoil == self.taken:
-            x[7, 0] = float("nan")
+            x[8, 0] = float("nan")
         classes = torch.where(torch.arange(12) < 5, torch.randint(0, 3, (12,), generator=generator), -1)
         batch = Points(x, classes, torch.arange(12) % 3 == 2, tuple(f"step{self.taken}-row{i}" for i in range(12)))
         starts = [sum(self.cuts[:i]) for i in range(len(self.cuts))]
@@ -200,7 +200,7 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path):
     run(tmp_path)
     other = TwoHeads()
     other.text = nn.Linear(8, 5)
-    with pytest.raises(CheckpointError, match=r"model.text.bias of shape \[3\] but \[5\]"):
+    with pytest.raises(CheckpointError, match=r"model.text.weight of shape \[3, 8\] but \[5, 8\]"):
         run(tmp_path, replace_config(steps=9), model=other, resume=True)
     details = tmp_path / "checkpoints/train/step-00000008/training.json"
     details.write_text(json.dumps(json.loads(details.read_text()) | {"processes": 4}))
