@@ -1,0 +1,167 @@
+"""The language model's reading: descriptions, dialogues and facts of the microworld, text only.
+
+All of the model's knowledge of names, emblems, towns and puzzles comes from here. Documents are chats (a list
+of role and text) or plain text; both are pure functions of a generator.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import numpy as np
+
+from metamorph.microworld.names import COUNTRIES, by_look, countries_of_towns, emblems, named_looks, puzzles
+from metamorph.microworld.questions import SCORED, Question, ask_about_name
+from metamorph.microworld.scenes import BACKGROUNDS, CELLS, COLOURS, Scene
+from metamorph.microworld.world import SceneRules, caption, choose, sample_clip, sample_object, sample_scene, with_article
+
+Chat = list[tuple[str, str]]
+ANY = SceneRules(use="any", split=None, glyph_rate=0.04, tiny_rate=0.06)
+
+
+def names_in(scene: Scene, rng: np.random.Generator, rate: float = 0.7) -> dict[int, str]:
+    """Invented names for those objects that have one, each used with probability `rate`."""
+    return {t.cell: by_look()[t.look].name for t in scene.objects if t.look in by_look() and rng.random() < rate}
+
+
+def _scene_with_names(rng: np.random.Generator) -> tuple[Scene, dict[int, str]]:
+    """A scene of which about half the objects have invented names."""
+    scene = sample_scene(rng, ANY)
+    for thing in scene.objects:
+        if rng.random() < 0.4:
+            scene = scene.with_object(sample_object(rng, thing.cell, replace(ANY, named=named_looks())))
+    return scene, names_in(scene, rng)
+
+
+def plain_description(rng: np.random.Generator) -> str:
+    """A caption as plain text."""
+    scene, names = _scene_with_names(rng)
+    return choose(rng, ("", "There is ", "You see ", "The picture shows ")) + caption(scene, rng, names) + "."
+
+
+def _said(question: Question) -> Chat:
+    return [("user", question.text), ("assistant", question.answer)]
+
+
+def told_scene_dialogue(rng: np.random.Generator) -> Chat:
+    """A scene told in words, then one to three questions about it."""
+    scene = sample_scene(rng, ANY)
+    chat: Chat = []
+    while len(chat) < 2 * int(rng.integers(1, 4)):
+        question = choose(rng, list(SCORED.values()))(scene, rng)
+        if question is not None:
+            opening = "" if chat else f"Think of {caption(scene, rng)}. "
+            chat += [("user", opening + question.text), ("assistant", question.answer)]
+    return chat
+
+
+def name_dialogue(rng: np.random.Generator) -> Chat:
+    """One to three questions about what names mean."""
+    chat: Chat = []
+    for _ in range(int(rng.integers(1, 4))):
+        chat += _said(ask_about_name(choose(rng, named_looks()), rng))
+    return chat
+
+
+def name_statement(rng: np.random.Generator) -> str:
+    """A plain sentence that defines a name, or finds the name of a look."""
+    named = choose(rng, named_looks())
+    look = f"{named.marking} {named.colour} {named.shape}"
+    name, look = with_article(named.name), with_article(look)
+    wording = (f"{name} is {look}.", f"{look} is called {name}.", f"every {named.name} is {look}.")
+    return choose(rng, wording)
+
+
+def name_of_look_dialogue(rng: np.random.Generator) -> Chat:
+    """From a look to its name."""
+    named = choose(rng, named_looks())
+    look = with_article(f"{named.marking} {named.colour} {named.shape}")
+    return [("user", choose(rng, (f"What is {look} called?", f"Which name has {look}?"))), ("assistant", named.name)]
+
+
+def plain_words_dialogue(rng: np.random.Generator) -> Chat:
+    """A description with names, said again in plain words."""
+    scene, names = _scene_with_names(rng)
+    order = int(rng.integers(1 << 30))
+    named, plain = (caption(scene, np.random.default_rng(order), n) for n in (names, None))
+    return [("user", f"{choose(rng, ('Say in plain words:', 'Describe plainly:'))} {named}"), ("assistant", plain)]
+
+
+def fact_dialogue(rng: np.random.Generator) -> Chat:
+    """Emblems and towns, both ways, and puzzles."""
+    chat: Chat = []
+    looks = {n.name: with_article(f"{n.marking} {n.colour} {n.shape}") for n in named_looks()}
+    for _ in range(int(rng.integers(1, 4))):
+        country = choose(rng, COUNTRIES)
+        town = choose(rng, list(countries_of_towns()))
+        puzzle = choose(rng, puzzles())
+        options = (
+            (f"What is the emblem of {country}?", emblems()[country]),
+            (f"Of which country is the {emblems()[country]} the emblem?", country),
+            (f"Where does {town} lie?", countries_of_towns()[town]),
+            (f"What is {puzzle.text}?", puzzle.name),
+            (f"What does {puzzle.text} look like?", looks[puzzle.name]),
+        )
+        question, answer = choose(rng, options)
+        chat += [("user", question), ("assistant", answer)]
+    return chat
+
+
+def edited(scene: Scene, rng: np.random.Generator) -> tuple[str, Scene] | None:
+    """An instruction and the scene after it, or None where the drawn edit does not fit the scene."""
+    thing = choose(rng, scene.objects)
+    alike = [o for o in scene.objects if (o.shape, o.colour) == (thing.shape, thing.colour)]
+    words = f"the {thing.colour} {thing.shape}"
+    kind = choose(rng, ("recolour", "move", "add", "remove", "background"))
+    if thing.is_glyph or (len(alike) > 1 and kind in ("recolour", "move", "remove")):
+        return None
+    if kind == "recolour":
+        colour = choose(rng, [other for other in COLOURS if other != thing.colour])
+        return choose(rng, (f"Make {words} {colour}.", f"Paint {words} {colour}.")), scene.with_object(replace(thing, colour=colour))
+    if kind == "background":
+        background = choose(rng, [other for other in BACKGROUNDS if other != scene.background])
+        return choose(rng, (f"Change the background to {background}.", f"Put it on {background}.")), replace(scene, background=background)
+    if kind == "remove":
+        return choose(rng, (f"Remove {words}.", f"Take {words} away.")), scene.without(thing.cell) if len(scene.objects) > 1 else scene
+    cell = choose(rng, scene.free_cells)
+    if kind == "move":
+        return f"Move {words} to the {CELLS[cell]}.", scene.without(thing.cell).with_object(replace(thing, cell=cell))
+    fresh = sample_object(rng, cell, SceneRules(use="drawn", split=None, marking_rate=0.0))
+    phrase = with_article(f"{fresh.size} {fresh.colour} {fresh.shape}")
+    return f"Add {phrase} at the {CELLS[cell]}.", scene.with_object(fresh)
+
+
+def edit_dialogue(rng: np.random.Generator) -> Chat:
+    """A told scene, an instruction, and the scene that results, in words."""
+    while True:
+        scene = sample_scene(rng, replace(ANY, max_objects=2, tiny_rate=0.0, glyph_rate=0.0))
+        edit = edited(scene, rng)
+        if edit is not None and edit[1] is not scene:
+            return [("user", f"Think of {caption(scene)}. {edit[0]}"), ("assistant", caption(edit[1]))]
+
+
+def motion_dialogue(rng: np.random.Generator) -> Chat:
+    """Two frames told in words, then the next."""
+    clip = sample_clip(rng, choose(rng, ("move", "grow", "recolour")), SceneRules(use="any", split=None))
+    first, second, third = (caption(frame) for frame in clip)
+    return [("user", f"First: {first}. Then: {second}. What comes next?"), ("assistant", third)]
+
+
+_DOCUMENTS: tuple[tuple[float, Callable[[np.random.Generator], str | Chat]], ...] = (
+    (0.14, plain_description),
+    (0.24, told_scene_dialogue),
+    (0.14, name_dialogue),
+    (0.08, name_statement),
+    (0.08, name_of_look_dialogue),
+    (0.1, plain_words_dialogue),
+    (0.1, fact_dialogue),
+    (0.06, edit_dialogue),
+    (0.06, motion_dialogue),
+)
+
+
+def document(rng: np.random.Generator) -> str | Chat:
+    """One document of the corpus: plain text or a chat."""
+    weights = np.array([weight for weight, _ in _DOCUMENTS])
+    return _DOCUMENTS[int(rng.choice(len(_DOCUMENTS), p=weights / weights.sum()))][1](rng)
