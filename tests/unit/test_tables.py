@@ -72,8 +72,8 @@ def test_metric_table_has_a_column_for_every_reference():
         MetricRow("edit_exact", Interval(0.5)),
     ]
     table = metric_table(rows)
-    assert table.columns == ["metric", "value", "95% interval", "n", "floor", "reached", "blind", "chance"]
-    assert table.rows[0] == ["vqa_accuracy", 0.8, "0.760 to 0.830", 500, 0.75, "yes", 0.3, None]
+    assert table.columns == ["metric", "value", "95% interval", "n", "required", "reached", "blind", "chance"]
+    assert table.rows[0] == ["vqa_accuracy", 0.8, "0.760 to 0.830", 500, "at least 0.750", "yes", 0.3, None]
     assert table.rows[1][5] == "no"
     assert table.rows[2][2:6] == [None, None, None, None]
     assert "0.760 to 0.830" in shown(table)
@@ -83,3 +83,10 @@ def test_interval_from_the_report():
     assert Interval.of({"value": 0.5, "low": 0.4, "high": 0.6, "n": 10, "majority": 0.2}) == Interval(0.5, 0.4, 0.6, 10)
     with pytest.raises(DataError, match="'value' is needed"):
         Interval.of({"low": 0.1})
+
+
+def test_a_ceiling_is_kept_from_below():
+    kept, missed = (MetricRow("text_perplexity_ratio", Interval(value), ceiling=1.2) for value in (1.1, 1.3))
+    assert (kept.reached, missed.reached) == (True, False)
+    assert kept.required == "at most 1.200"
+    assert MetricRow("reported only", Interval(0.1)).reached is None

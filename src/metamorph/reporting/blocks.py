@@ -119,7 +119,7 @@ class TableBlock:
 
 @dataclass(frozen=True)
 class MetricBlock:
-    """Measured quantities: value, interval as a bar between 0 and 1 with the floor as a tick, n, floor, references."""
+    """Measured quantities: value, interval as a bar between 0 and 1 with what is required as a tick, n, references."""
 
     rows: Sequence[MetricRow]
     caption: str = ""
@@ -127,7 +127,7 @@ class MetricBlock:
     def html(self) -> str:
         """See Block."""
         names = reference_names(self.rows)
-        numbers = "".join(f'<th scope="col" class="number">{escape(name)}</th>' for name in ("n", "floor", *names))
+        numbers = "".join(f'<th scope="col" class="number">{escape(name)}</th>' for name in ("n", "required", *names))
         head = f'<th scope="col">metric</th><th scope="col" class="number">value</th><th scope="col">95% interval</th>{numbers}'
         body = "".join(f"<tr>{self._row(row, names)}</tr>" for row in self.rows)
         return _table(self.caption, f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody>")
@@ -137,12 +137,12 @@ class MetricBlock:
         verdict = {True: ' <span class="good">✓ reached</span>', False: ' <span class="bad">✗ not reached</span>', None: ""}[row.reached]
         note = f'<div class="faint">{escape(row.note)}</div>' if row.note else ""
         references = "".join(f'<td class="number">{escape(format_cell(row.references.get(name)))}</td>' for name in names)
-        floor = format_cell(row.floor) + verdict
+        required = escape(format_cell(row.required)) + verdict
         return (
             f"<td>{escape(row.name)}{note}</td>"
             f'<td class="number"><strong>{escape(format_number(row.result.value))}</strong></td>'
-            f"<td>{_interval(row.result, row.floor)}</td>"
-            f'<td class="number">{escape(format_cell(row.result.n))}</td><td class="number">{floor}</td>{references}'
+            f"<td>{_interval(row.result, row.ceiling if row.floor is None else row.floor)}</td>"
+            f'<td class="number">{escape(format_cell(row.result.n))}</td><td class="number">{required}</td>{references}'
         )
 
 
@@ -294,12 +294,12 @@ def _table(caption: str, content: str) -> str:
     return f'<div class="scroll"><table>{f"<caption>{escape(caption)}</caption>" if caption else ""}{content}</table></div>'
 
 
-def _interval(result: Interval, floor: float | None) -> str:
+def _interval(result: Interval, bound: float | None) -> str:
     """The interval in figures, and as a bar on a scale from 0 to 1 where it fits there."""
     if result.low is None or result.high is None:
         return escape(format_cell(None))
     text = escape(f"{format_number(result.low)} to {format_number(result.high)}")
     if not 0 <= result.low <= result.high <= 1:
         return text
-    tick = f'<b style="left:{floor:.1%}"></b>' if floor is not None and 0 <= floor <= 1 else ""
+    tick = f'<b style="left:{bound:.1%}"></b>' if bound is not None and 0 <= bound <= 1 else ""
     return f'{text}<div class="range"><i style="left:{result.low:.1%};width:{result.high - result.low:.1%}"></i>{tick}</div>'

@@ -76,13 +76,23 @@ class MetricRow:
     name: str
     result: Interval
     floor: float | None = None
+    ceiling: float | None = None
     references: Mapping[str, float | Interval | None] = field(default_factory=dict)
     note: str = ""
 
     @property
     def reached(self) -> bool | None:
-        """Whether the value reaches its floor; None where there is none."""
-        return None if self.floor is None else self.result.value >= self.floor
+        """Whether the value keeps its floor and its ceiling; None where there are none."""
+        if self.floor is None and self.ceiling is None:
+            return None
+        low = float("-inf") if self.floor is None else self.floor
+        return low <= self.result.value <= (float("inf") if self.ceiling is None else self.ceiling)
+
+    @property
+    def required(self) -> str | None:
+        """What is asked of the value, in words."""
+        parts = [("at least", self.floor), ("at most", self.ceiling)]
+        return ", ".join(f"{words} {format_number(bound)}" for words, bound in parts if bound is not None) or None
 
 
 def reference_names(rows: Sequence[MetricRow]) -> list[str]:
@@ -91,14 +101,14 @@ def reference_names(rows: Sequence[MetricRow]) -> list[str]:
 
 
 def metric_table(rows: Sequence[MetricRow], caption: str = "") -> Table:
-    """Metric rows as a plain table: value, interval, n, floor, then one column per reference."""
+    """Metric rows as a plain table: value, interval, n, what is required, then one column per reference."""
     names = reference_names(rows)
-    columns = ["metric", "value", "95% interval", "n", "floor", "reached", *names]
+    columns = ["metric", "value", "95% interval", "n", "required", "reached", *names]
     cells: list[list[Cell]] = []
     for row in rows:
         result, reached = row.result, {True: "yes", False: "no", None: None}[row.reached]
         references = [row.references.get(name) for name in names]
-        cells.append([row.name, result.value, format_interval(result), result.n, row.floor, reached, *references])
+        cells.append([row.name, result.value, format_interval(result), result.n, row.required, reached, *references])
     return Table(columns, cells, caption)
 
 
