@@ -1,0 +1,179 @@
+"""In which order examples are drawn from several sources: a pure function of the seed, with a state of a few numbers.
+
+Shuffling is a keyed permutation computed index by index, so that sixteen million rows cost no memory and any position can be resumed.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate
+from typing import Any, Literal, NamedTuple, Protocol
+
+from metamorph.errors import CheckpointError, ConfigError
+from metamorph.messages import Example
+
+
+class ExampleSource(Protocol):
+    """Rows that are examples; `source[i]` gives the same example whenever and wherever it is asked."""
+
+    @property
+    def name(self) -> str:
+        """How errors and tables call the source."""
+        ...
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> Example: ...
+
+
+@dataclass(frozen=True)
+class WeightedSource:
+    """A source and how often it is drawn (`weight`); `loss_weight` multiplies the loss weight of its examples."""
+
+    source: ExampleSource
+    weight: float = 1.0
+    loss_weight: float = 1.0
+
+
+class Draw(NamedTuple):
+    """One example by number: which source, and which row of it."""
+
+    source: int
+    index: int
+
+
+class Mixture:
+    """An order over the rows of several sources, deterministic in `seed`.
+
+    `order="infinite"`: each draw picks a source at random in proportion to the weights; within a source, rows come in shuffled passes,
+    each row once per pass. It never ends.
+    `order="epoch"`: all sources concatenated and shuffled; a source's weight is its number of passes per epoch (1 = every row once, 0.5 = a
+    random half, another one each epoch). It ends after `epochs`.
+
+    Raises:
+        ConfigError: no sources, an empty source, or a weight that is not above 0.
+    """
+
+    def __init__(
+        self,
+        sources: Sequence[WeightedSource],
+        *,
+        seed: int,
+        order: Literal["infinite", "epoch"] = "infinite",
+        epochs: int = 1,
+    ) -> None:
+        _check(sources, epochs)
+        self.sources, self.seed, self.order, self.epochs = tuple(sources), seed, order, epochs
+        self._lengths = [len(entry.source) for entry in sources]
+        self._cumulative = list(accumulate(entry.weight for entry in sources))
+        self._ends = list(accumulate(max(1, round(entry.weight * n)) for entry, n in zip(sources, self._lengths, strict=True)))
+        self._position = 0
+        self._counts = [0] * len(sources)
+
+    @property
+    def epoch_length(self) -> int:
+        """Examples per epoch, were the order "epoch"; from it follows the number of steps."""
+        return self._ends[-1]
+
+    def draw(self, number: int) -> list[Draw]:
+        """The next `number` draws; fewer, in the end none, when the last epoch ends."""
+        if self.order == "epoch":
+            number = min(number, self.epochs * self.epoch_length - self._position)
+        return [self._next() for _ in range(number)]
+
+    def example(self, draw: Draw) -> Example:
+        """The drawn example, its weight multiplied by its source's `loss_weight`."""
+        entry = self.sources[draw.source]
+        example = entry.source[draw.index]
+        return example if entry.loss_weight == 1.0 else replace(example, weight=example.weight * entry.loss_weight)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the order stands, and of what it is the order; plain JSON values."""
+        return {"position": self._position, "counts": list(self._counts), "mixture": self._fingerprint()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where another mixture of the same sources, weights, seed and order stood.
+
+        Raises:
+            CheckpointError: it was another mixture.
+        """
+        ours, theirs = self._fingerprint(), state["mixture"]
+        for name, value in ours.items():
+            if theirs.get(name) != value:
+                raise CheckpointError(
+                    f"a state of {name} {theirs.get(name)} but this mixture has {value} (resuming the data order). "
+                    "Resume with the same data, or start a new run."
+                )
+        self._position, self._counts = state["position"], list(state["counts"])
+
+    def _fingerprint(self) -> dict[str, Any]:
+        names = [entry.source.name for entry in self.sources]
+        weights = [entry.weight for entry in self.sources]
+        return {"sources": names, "lengths": list(self._lengths), "weights": weights, "seed": self.seed, "order": self.order}
+
+    def _next(self) -> Draw:
+        position, self._position = self._position, self._position + 1
+        if self.order == "epoch":
+            return self._of_epoch(*divmod(position, self.epoch_length))
+        point = _mix(_key(self.seed, position)) / 2**64 * self._cumulative[-1]
+        source = min(bisect_right(self._cumulative, point), len(self.sources) - 1)
+        count, self._counts[source] = self._counts[source], self._counts[source] + 1
+        passes, offset = divmod(count, self._lengths[source])
+        return Draw(source, shuffled(offset, self._lengths[source], _key(self.seed, source, passes)))
+
+    def _of_epoch(self, epoch: int, offset: int) -> Draw:
+        place = shuffled(offset, self.epoch_length, _key(self.seed, epoch))
+        source = bisect_right(self._ends, place)
+        copy, row = divmod(place - (self._ends[source - 1] if source else 0), self._lengths[source])
+        return Draw(source, shuffled(row, self._lengths[source], _key(self.seed, epoch, source, copy)))
+
+
+def shuffled(index: int, size: int, key: int) -> int:
+    """The image of `index` under a permutation of range(size) chosen by `key` (a Feistel cipher that walks until it lands inside)."""
+    half = max(1, ((size - 1).bit_length() + 1) // 2)
+    mask = (1 << half) - 1
+    while True:
+        left, right = index >> half, index & mask
+        for turn in range(6):
+            left, right = right, left ^ (_mix(right + key + turn * _GOLDEN) & mask)
+        index = (left << half) | right
+        if index < size:
+            return index
+
+
+_GOLDEN = 0x9E3779B97F4A7C15
+_MASK64 = 2**64 - 1
+
+
+def _mix(value: int) -> int:
+    """A well-mixed 64-bit hash of a number (the finaliser of SplitMix64)."""
+    value &= _MASK64
+    value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & _MASK64
+    value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & _MASK64
+    return value ^ (value >> 31)
+
+
+def _key(*numbers: int) -> int:
+    """One key from several numbers, in which their order counts."""
+    key = _GOLDEN
+    for number in numbers:
+        key = _mix(key + _mix(number + _GOLDEN))
+    return key
+
+
+def _check(sources: Sequence[WeightedSource], epochs: int) -> None:
+    if not sources:
+        raise ConfigError("0 sources but at least 1 is needed (mixture). Name a source.")
+    if epochs < 1:
+        raise ConfigError(f"{epochs} epochs but at least 1 is needed (mixture). Raise the number.")
+    for entry in sources:
+        if len(entry.source) == 0:
+            raise ConfigError(f"0 examples but at least 1 is needed (source {entry.source.name}). Fill the source or leave it out.")
+        for name in ("weight", "loss_weight"):
+            value = getattr(entry, name)
+            if not (0 < value < float("inf") or (name == "loss_weight" and value == 0)):
+                raise ConfigError(
+                    f"{name} {value} but a number above 0 is needed (source {entry.source.name}). Leave the source out instead."
+                )
