@@ -1,0 +1,178 @@
+"""How the decoder learns: noise an image to a random time, tell the denoiser what the picture shows, and score what it predicts.
+
+Axes: n images, k visual tokens per image, v vision width, p sample channels, s side of the sample.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from metamorph.decoder.batches import DecoderBatch
+from metamorph.decoder.conditioning import Condition, VisualConditioner, given_context
+from metamorph.decoder.denoiser import SampleSpace, prediction_of
+from metamorph.decoder.library import AutoencoderKL, FlowMatchEulerDiscreteScheduler, Scheduler, UNet2DConditionModel
+from metamorph.errors import ConfigError
+from metamorph.losses import LossTerm
+
+
+@dataclass(frozen=True)
+class Objective:
+    """Which times are visited, and what is done to the condition.
+
+    `time_shift` a > 1 moves times toward noise: t becomes a t / (1 + (a - 1) t). The layout of an image is decided at its noisiest times,
+    which logit-normal sampling without shift rarely visits.
+    """
+
+    times: Literal["uniform", "logit_normal"] = "uniform"
+    time_shift: float = 3.0
+    condition_dropout: float = 0.1
+    """Share of images that are told nothing (all zeros), which guidance needs."""
+    condition_noise: float = 0.0
+    """Length of the noise added to a visual token, relative to the token's own; tokens that were predicted are not exact."""
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        if self.time_shift <= 0 or not 0 <= self.condition_dropout <= 1 or self.condition_noise < 0:
+            raise ConfigError(
+                f"{self} but time_shift > 0, condition_dropout between 0 and 1, condition_noise >= 0 (objective). Correct it."
+            )
+
+
+class Draws(NamedTuple):
+    """All that is random about a batch; each row follows from its image's seed alone, whatever stands beside it in the batch."""
+
+    time: Float[Tensor, " n"]  # 0 image, 1 noise; already shifted
+    keep: Bool[Tensor, " n"]
+    noise: Float[Tensor, "n p s s"]
+    latent_noise: Float[Tensor, "n p s s"]
+    token_noise: Float[Tensor, "n k v"] | None
+
+
+def draw(seeds: Sequence[int], objective: Objective, sample_shape: tuple[int, int, int], token_shape: tuple[int, int] | None) -> Draws:
+    """Draw on the CPU, so that every device trains on the same noise."""
+    rows = []
+    for seed in seeds:
+        generator = torch.Generator().manual_seed(seed)
+        time = torch.rand((), generator=generator) if objective.times == "uniform" else torch.randn((), generator=generator).sigmoid()
+        keep = torch.rand((), generator=generator) >= objective.condition_dropout
+        noise = torch.randn(2, *sample_shape, generator=generator)
+        rows.append((time, keep, noise, torch.randn(token_shape or (), generator=generator)))
+    time, keep, noise, token_noise = (torch.stack(column) for column in zip(*rows, strict=True))
+    time = objective.time_shift * time / (1 + (objective.time_shift - 1) * time)
+    return Draws(time, keep, noise[:, 0], noise[:, 1], token_noise if token_shape else None)
+
+
+class DecoderModel(nn.Module):
+    """Everything that is trained or used to train a decoder, as one module: conditioner, denoiser, frozen VAE, scheduler, objective.
+
+    Without a conditioner it is a text-conditioned base, which learns from batches with a `context`; with one, it learns from `tokens` too.
+
+    Raises:
+        ConfigError: the parts do not fit together.
+    """
+
+    def __init__(
+        self,
+        unet: UNet2DConditionModel,
+        scheduler: Scheduler,
+        conditioner: VisualConditioner | None = None,
+        vae: AutoencoderKL | None = None,
+        objective: Objective | None = None,
+    ):
+        super().__init__()
+        self.unet, self.conditioner = unet, conditioner
+        self.vae = None if vae is None else vae.requires_grad_(False).eval()
+        self.scheduler, self.objective = scheduler, objective or Objective()
+        self.space = SampleSpace(unet, self.vae)
+        self.prediction = prediction_of(scheduler)
+        self.map_channels = check_parts(unet, conditioner)
+
+    def train(self, mode: bool = True) -> DecoderModel:
+        """Set the mode of all but the VAE, which is always frozen."""
+        super().train(mode)
+        if self.vae is not None:
+            self.vae.eval()
+        return self
+
+    def loss_terms(self, batch: DecoderBatch) -> dict[str, LossTerm]:
+        """{"decoder": mean squared error of each image, summed over images}.
+
+        Raises:
+            ConfigError: visual tokens but no conditioner.
+        """
+        draws = draw(batch.seeds, self.objective, self.space.shape, None if batch.tokens is None else tuple(batch.tokens.shape[1:]))
+        draws = Draws(*(None if one is None else one.to(batch.pixels.device) for one in draws))
+        clean = self.space.encode(batch.pixels, draws.latent_noise)
+        noisy, timesteps, target = noised(self.scheduler, clean, draws.noise, draws.time)
+        condition = self.condition(batch, draws.token_noise).where(draws.keep)
+        predicted = denoise(self.unet, noisy, timesteps, condition, batch.context_mask)
+        errors = (predicted.float() - target.float()).square().flatten(1).mean(dim=1)
+        return {"decoder": LossTerm(errors.sum(), torch.tensor(len(errors), device=errors.device))}
+
+    def condition(self, batch: DecoderBatch, token_noise: Float[Tensor, "n k v"] | None = None) -> Condition:
+        """What the batch says about its images; noise on the tokens keeps their length."""
+        if batch.context is not None:
+            return given_context(batch.context, self.map_channels, self.space.size)
+        if self.conditioner is None or batch.tokens is None:
+            raise ConfigError("visual tokens but no conditioner (a text-conditioned base). Make a decoder of it with `from_base`.")
+        tokens = batch.tokens
+        if self.objective.condition_noise and token_noise is not None:
+            length = tokens.norm(dim=-1, keepdim=True)
+            moved = tokens + token_noise.to(tokens.dtype) * (self.objective.condition_noise * length / tokens.shape[-1] ** 0.5)
+            tokens = moved * (length / moved.norm(dim=-1, keepdim=True).clamp(min=1e-12))
+        return self.conditioner(tokens)
+
+
+def decoder_step(model: DecoderModel, batch: DecoderBatch) -> dict[str, LossTerm]:
+    """The step function that the training loop takes."""
+    return model.loss_terms(batch)
+
+
+def check_parts(unet: UNet2DConditionModel, conditioner: VisualConditioner | None) -> int:
+    """The number of map channels that the denoiser reads.
+
+    Raises:
+        ConfigError: the conditioner speaks of other sizes than the denoiser.
+    """
+    map_channels = unet.config["in_channels"] - unet.config["out_channels"]
+    if conditioner is None:
+        return map_channels
+    names = ("map channels", "context width", "sample size")
+    found = (conditioner.config["map_channels"], conditioner.config["context_width"], conditioner.config["sample_size"])
+    expected = (map_channels, unet.config["cross_attention_dim"], unet.config["sample_size"])
+    for name, one, other in zip(names, found, expected, strict=True):
+        if one != other and not (name == "sample size" and not map_channels):
+            raise ConfigError(f"conditioner with {name} {one} but a denoiser with {other} (decoder). Build them with the same sizes.")
+    return map_channels
+
+
+def noised(
+    scheduler: Scheduler, clean: Float[Tensor, "n p s s"], noise: Float[Tensor, "n p s s"], time: Float[Tensor, " n"]
+) -> tuple[Float[Tensor, "n p s s"], Tensor, Float[Tensor, "n p s s"]]:
+    """Samples at `time`, the timesteps that the denoiser is told, and what it must predict."""
+    num_timesteps = scheduler.config["num_train_timesteps"]
+    if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
+        level = time[:, None, None, None].to(clean.dtype)
+        return (1 - level) * clean + level * noise, time * num_timesteps, noise - clean
+    timesteps = (time * num_timesteps).long().clamp(max=num_timesteps - 1)
+    noisy = scheduler.add_noise(clean, noise, timesteps)  # pyright: ignore[reportArgumentType]
+    target = noise if prediction_of(scheduler) == "epsilon" else scheduler.get_velocity(clean, noise, timesteps)  # pyright: ignore[reportArgumentType]
+    return noisy, timesteps, target
+
+
+def denoise(
+    unet: UNet2DConditionModel,
+    noisy: Float[Tensor, "n p s s"],
+    timesteps: Tensor,
+    condition: Condition,
+    context_mask: Bool[Tensor, "n l"] | None = None,
+) -> Float[Tensor, "n p s s"]:
+    """The denoiser's prediction; it reads the map as more channels of its input."""
+    read = noisy if condition.map is None else torch.cat([noisy, condition.map.to(noisy.dtype)], dim=1)
+    return unet(read, timesteps, condition.context, encoder_attention_mask=context_mask).sample

@@ -1,0 +1,164 @@
+"""Visual tokens in, pictures out: a diffusers pipeline of conditioner, denoiser, optional VAE and scheduler.
+
+Axes: n images, k visual tokens per image, v vision width, p sample channels, s side of the sample, h and w pixels.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from os import PathLike
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from PIL import Image
+from torch import Tensor, nn
+
+from metamorph.decoder.conditioning import Condition, VisualConditioner
+from metamorph.decoder.denoiser import SampleSpace
+from metamorph.decoder.library import AutoencoderKL, DiffusionPipeline, FlowMatchEulerDiscreteScheduler, Scheduler, UNet2DConditionModel
+from metamorph.decoder.objective import DecoderModel, check_parts, denoise
+from metamorph.errors import AlignmentError, ConfigError
+
+
+class VisualDecoderPipeline(DiffusionPipeline):
+    """Draws the images that visual tokens stand for. Saved as safetensors only; loaded in float32 unless told otherwise."""
+
+    model_cpu_offload_seq = "conditioner->unet->vae"
+    _optional_components: ClassVar[list[str]] = ["vae"]
+
+    def __init__(
+        self,
+        conditioner: VisualConditioner,
+        unet: UNet2DConditionModel,
+        scheduler: Scheduler,
+        vae: AutoencoderKL | None = None,
+    ):
+        super().__init__()
+        self.register_modules(conditioner=conditioner, unet=unet, scheduler=scheduler, vae=vae)
+        check_parts(unet, conditioner)
+        self.set_progress_bar_config(disable=True)
+
+    @classmethod
+    def from_model(cls, model: DecoderModel) -> VisualDecoderPipeline:
+        """The pipeline of a trained model; it shares its weights.
+
+        Raises:
+            ConfigError: the model is a base without a conditioner.
+        """
+        if model.conditioner is None:
+            raise ConfigError("no conditioner but a decoder needs one (a text-conditioned base). Make a decoder of it with `from_base`.")
+        return cls(model.conditioner, model.unet, model.scheduler, model.vae)
+
+    def save_pretrained(self, save_directory: str | PathLike, *, dtype: torch.dtype | None = None, **kwargs: Any) -> None:
+        """Save every part with its config, weights as safetensors, in `dtype` if given (for example float16, half the size).
+
+        Raises:
+            ConfigError: asked to write pickle.
+        """
+        if not kwargs.pop("safe_serialization", True):
+            raise ConfigError("safe_serialization=False but only safetensors are written (VisualDecoderPipeline). Leave it out.")
+        if dtype is None:
+            super().save_pretrained(save_directory, safe_serialization=True, **kwargs)
+            return
+        parts = dict(self.components)
+        for name, part in parts.items():
+            if isinstance(part, nn.Module):
+                parts[name] = nn.Module.to(copy.deepcopy(part), dtype)  # diffusers' own `to` warns about a cast that is meant
+        type(self)(**parts).save_pretrained(save_directory, **kwargs)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | PathLike, **kwargs: Any) -> VisualDecoderPipeline:
+        """Load a saved decoder; weights stored as float16 become float32 unless `dtype` says otherwise. Pickle is never read.
+
+        Raises:
+            ConfigError: asked to read pickle.
+        """
+        if not kwargs.pop("use_safetensors", True):
+            raise ConfigError(
+                "use_safetensors=False but pickle is never loaded (VisualDecoderPipeline). Convert the weights to safetensors."
+            )
+        defaults = {"dtype": torch.float32, "low_cpu_mem_usage": False}
+        return super().from_pretrained(pretrained_model_name_or_path, use_safetensors=True, **(defaults | kwargs))
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        visual_tokens: Float[Tensor, "n k v"],
+        num_inference_steps: int = 10,
+        guidance_scale: float = 1.0,
+        seeds: int | Sequence[int] = 0,
+        output_type: Literal["pil", "pt"] = "pil",
+    ) -> list[Image.Image] | Float[Tensor, "n 3 h w"]:
+        """Draw each image, from its tokens and its own seed alone, whatever else is in the batch.
+
+        Args:
+            visual_tokens: as the vision encoder makes them, or the model predicts them.
+            num_inference_steps: calls of the denoiser; with guidance each counts double.
+            guidance_scale: 1 = none; above, how far to go from the unconditioned prediction past the conditioned one.
+            seeds: one for all images, or one per image; an image's seed decides its initial noise.
+            output_type: "pil", or "pt" for a float tensor between 0 and 1.
+
+        Raises:
+            AlignmentError: the number of seeds is not that of images, or the tokens are not the conditioner's.
+        """
+        if not len(visual_tokens):
+            empty = torch.zeros(0, 3, self.image_size, self.image_size)
+            return [] if output_type == "pil" else empty
+        seeds = [seeds] * len(visual_tokens) if isinstance(seeds, int) else list(seeds)
+        if len(seeds) != len(visual_tokens):
+            raise AlignmentError(
+                f"{len(seeds)} seeds but {len(visual_tokens)} images (VisualDecoderPipeline). Give one seed, or one per image."
+            )
+        condition = self.conditioner(visual_tokens.to(self.device, self.unet.dtype))
+        sample = self._sample(condition, seeds, num_inference_steps, guidance_scale)
+        pixels = self.space.decode(sample)
+        return pixels if output_type == "pt" else to_images(pixels)
+
+    @property
+    def space(self) -> SampleSpace:
+        """Where diffusion happens."""
+        return SampleSpace(self.unet, self.vae)
+
+    @property
+    def image_size(self) -> int:
+        """Pixels per side of a picture."""
+        factor = self.space.patch if self.vae is None else 2 ** (len(self.vae.config["block_out_channels"]) - 1)
+        return self.unet.config["sample_size"] * factor
+
+    def _sample(self, condition: Condition, seeds: Sequence[int], num_steps: int, guidance_scale: float) -> Float[Tensor, "n p s s"]:
+        """Go from noise to samples."""
+        guided = guidance_scale != 1.0
+        if guided:
+            keep = torch.tensor([True, False], device=self.device).repeat_interleave(len(seeds))
+            condition = Condition(*(None if one is None else torch.cat([one, one]) for one in condition)).where(keep)
+        # a copy: a scheduler counts its steps, and calls from several threads must not share the count
+        scheduler = copy.deepcopy(self.scheduler)
+        if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
+            # equal steps from pure noise to the image, then shifted by the scheduler; its own default shifts the last one twice
+            scheduler.set_timesteps(sigmas=np.linspace(1.0, 1.0 / num_steps, num_steps).tolist(), device=self.device)  # pyright: ignore[reportArgumentType]
+            sample = initial_noise(seeds, self.space.shape)
+        else:
+            scheduler.set_timesteps(num_steps, device=self.device)
+            sample = initial_noise(seeds, self.space.shape) * scheduler.init_noise_sigma
+        sample = sample.to(self.device, self.unet.dtype).contiguous(memory_format=torch.channels_last)
+        for timestep in self.progress_bar(scheduler.timesteps):
+            predicted = denoise(self.unet, torch.cat([sample, sample]) if guided else sample, timestep, condition)
+            if guided:
+                told, untold = predicted.chunk(2)
+                predicted = untold + guidance_scale * (told - untold)
+            sample = scheduler.step(predicted, timestep, sample, return_dict=False)[0]
+        return sample
+
+
+def initial_noise(seeds: Sequence[int], shape: tuple[int, int, int]) -> Float[Tensor, "n p s s"]:
+    """Normal noise, drawn on the CPU for each image from its own seed."""
+    return torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
+
+
+def to_images(pixels: Float[Tensor, "n 3 h w"]) -> list[Image.Image]:
+    """Pixels between 0 and 1 as pictures."""
+    values = (pixels.float().cpu() * 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
+    return [Image.fromarray(value) for value in values]
