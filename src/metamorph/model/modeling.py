@@ -7,6 +7,7 @@ Axes: b sequences, t positions, d LLM width, n images (flat, in reading order), 
 
 import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from metamorph.batch import IGNORE_INDEX, Batch, DocumentLengths, check_image_co
 from metamorph.errors import AlignmentError
 from metamorph.losses import LossTerm, text_cross_entropy
 from metamorph.model.attention import PACKED_ATTENTION, position_ids_of, run_packed
+from metamorph.model.checkpoint import load_checkpoint
 from metamorph.model.configuration import MetaMorphConfig
 from metamorph.model.heads import Projector, VisionHead
 from metamorph.model.vision_encoder import VisionEncoder
@@ -74,6 +76,20 @@ class MetaMorph(PreTrainedModel):
             if module.bias is not None:
                 bound = 1 / math.sqrt(module.in_features)
                 init.uniform_(module.bias, -bound, bound)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, *args: Any, **kwargs: Any) -> "MetaMorph":  # pyright: ignore
+        """Load what `save_pretrained` wrote, in float32 unless `dtype` says otherwise; never from pickle.
+
+        Raises:
+            CheckpointError: files are missing, broken or of another shape, or the special tokens are absent.
+        """
+        return load_checkpoint(super().from_pretrained, pretrained_model_name_or_path, *args, **kwargs)
+
+    def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
+        """Save config, weights (safetensors) and generation settings."""
+        super().save_pretrained(save_directory, *args, **kwargs)
+        self.generation_config.save_pretrained(save_directory)
 
     def get_decoder(self) -> PreTrainedModel:
         """The transformer inside the language model: embeddings in, states after the final norm out."""
@@ -162,7 +178,8 @@ class MetaMorph(PreTrainedModel):
         Raises:
             AlignmentError: positions, images and visual tokens do not fit, or there are labels and images but no `visual_targets`.
         """
-        is_visual = input_ids == self.config.image_token_id if is_visual is None else is_visual
+        if is_visual is None:
+            is_visual = torch.zeros_like(input_ids, dtype=torch.bool) if self.config.image_token_id is None else input_ids == self.config.image_token_id
         from_pixels = _default_from_pixels(pixel_values, visual_tokens, is_visual) if from_pixels is None else from_pixels
         check_image_counts(is_visual, pixel_values, visual_tokens, from_pixels, "MetaMorph.forward")
         tokens = self.gather_visual_tokens(pixel_values, visual_tokens, from_pixels)

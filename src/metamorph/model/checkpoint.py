@@ -1,0 +1,71 @@
+"""Loading a checkpoint, or refusing it with what is wrong and what to do. Only safetensors are ever read."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError
+from transformers import GenerationConfig
+
+from metamorph.errors import CheckpointError, MetaMorphError
+from metamorph.model.vision_encoder import load_vision_model
+
+if TYPE_CHECKING:
+    from metamorph.model.modeling import MetaMorph
+
+REMEDY = "Give a directory that `metamorph init` or training finished writing."
+
+
+def load_checkpoint(load: Callable[..., Any], path: str | Path, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
+    """Run a `from_pretrained` and check what it loaded.
+
+    Raises:
+        CheckpointError: files are missing, broken or of another shape, or the special tokens are absent.
+    """
+    kwargs |= {"use_safetensors": True}
+    kwargs.setdefault("dtype", torch.float32)
+    try:
+        model, report = load(path, *args, output_loading_info=True, **kwargs)
+    except MetaMorphError:
+        raise
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise CheckpointError(f"{_first_line(error)} but a MetaMorph checkpoint was expected ({path}). {REMEDY}") from error
+    _check_complete(model, sorted(report["missing_keys"]), path)
+    if model.config.vision_encoder_path is not None:
+        _load_encoder(model, Path(path))
+    _load_generation_config(model, path)
+    return (model, report) if output_loading_info else model
+
+
+def _check_complete(model: "MetaMorph", missing: list[str], path: str | Path) -> None:
+    if missing:
+        raise CheckpointError(f"{len(missing)} tensors absent, such as {missing[0]}, but a complete model was expected ({path}). {REMEDY}")
+    config, rows = model.config, model.get_input_embeddings().weight.shape[0]
+    ids = (config.image_token_id, config.image_start_token_id, config.image_end_token_id)
+    if not all(isinstance(number, int) and 0 <= number < rows for number in ids):
+        raise CheckpointError(
+            f"image token ids {ids} but three ids below {rows}, the rows of the embedding, were expected ({path}). Make the model with `metamorph init`."
+        )
+
+
+def _load_encoder(model: "MetaMorph", directory: Path) -> None:
+    place = directory / model.config.vision_encoder_path
+    encoder = load_vision_model(place)
+    try:
+        model.vision_encoder.encoder.load_state_dict(encoder.state_dict())
+    except RuntimeError as error:
+        raise CheckpointError(f"{_first_line(error)} but this model's vision encoder was expected ({place}). Put the right encoder there.") from error
+    model.config.vision_encoder_path = None  # the weights are here now: saving again saves all of them
+
+
+def _load_generation_config(model: "MetaMorph", path: str | Path) -> None:
+    try:
+        model.generation_config = GenerationConfig.from_pretrained(path)
+    except OSError:  # saved by something else than this class: the LLM config's own settings hold
+        return
+    model.language_model.generation_config = model.generation_config
+
+
+def _first_line(error: Exception) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -1,0 +1,221 @@
+"""From messages to what the model reads: the tokenizer with its chat template, and the one way in which pixels are prepared.
+
+Axes: t positions, n images, m images that come as pixels, k visual tokens per image, v vision width.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+from transformers.processing_utils import ProcessorMixin
+
+from metamorph.batch import IGNORE_INDEX, TokenSequence
+from metamorph.errors import AlignmentError, CheckpointError, ContextLengthError, TemplateError
+from metamorph.media import Resample, open_image, preprocess
+from metamorph.messages import ImagePart, Message, validate_messages
+from metamorph.model.configuration import IMAGE_END_TOKEN, IMAGE_START_TOKEN, IMAGE_TOKEN
+from metamorph.model.conversation import render, tokenize
+
+
+class MetaMorphProcessor(ProcessorMixin):
+    """Tokenizer, chat template and image settings, saved and loaded together.
+
+    Args:
+        tokenizer: a fast tokenizer that holds `<image_start>`, `<image_end>` and the placeholder `<image>`.
+        num_visual_tokens: k.
+        image_size: height and width in pixels, as the vision encoder reads them.
+        image_mean: subtracted per channel, after scaling to 0..1.
+        image_std: divided by, per channel.
+        image_resample: filter for resizing; proportions are not kept.
+        max_length: positions of the LLM's context; longer sequences are refused, never cut.
+        chat_template: by default the tokenizer's own.
+
+    Raises:
+        CheckpointError: the tokenizer lacks the special tokens or cannot tell where tokens stand in the text.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        num_visual_tokens: int = 64,
+        image_size: Sequence[int] = (384, 384),
+        image_mean: Sequence[float] = (0.5, 0.5, 0.5),
+        image_std: Sequence[float] = (0.5, 0.5, 0.5),
+        image_resample: Resample = "bicubic",
+        max_length: int | None = None,
+        chat_template: str | None = None,
+    ) -> None:
+        super().__init__(tokenizer, chat_template=chat_template or tokenizer.chat_template)
+        self.num_visual_tokens = num_visual_tokens
+        self.image_size = (image_size[0], image_size[1])
+        self.image_mean, self.image_std = tuple(image_mean), tuple(image_std)
+        self.image_resample = image_resample
+        self.max_length = max_length
+        if not tokenizer.is_fast:
+            raise CheckpointError(f"{type(tokenizer).__name__} but a fast tokenizer was expected (MetaMorphProcessor). Convert it to tokenizer.json.")
+        special = {token.content: number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+        if missing := [token for token in (IMAGE_TOKEN, IMAGE_START_TOKEN, IMAGE_END_TOKEN) if token not in special]:
+            place = tokenizer.name_or_path or "tokenizer"
+            raise CheckpointError(f"no special token {', '.join(missing)} but all three were expected ({place}). Make the model with `metamorph init`.")
+
+    @property
+    def image_token_id(self) -> int:
+        """Id of the placeholder under visual tokens."""
+        return self._id(IMAGE_TOKEN)
+
+    @property
+    def image_start_id(self) -> int:
+        """Id of `<image_start>`."""
+        return self._id(IMAGE_START_TOKEN)
+
+    @property
+    def image_end_id(self) -> int:
+        """Id of `<image_end>`."""
+        return self._id(IMAGE_END_TOKEN)
+
+    def encode(
+        self,
+        messages: Sequence[Message],
+        *,
+        add_generation_prompt: bool = False,
+        max_length: int | None = None,
+        id: str = "",
+        source: str = "",
+        weight: float = 1.0,
+    ) -> TokenSequence:
+        """A conversation as the model reads it. Targets: everything that the assistant says, and its ends of turn.
+
+        Raises:
+            RecordError: the conversation is malformed, such as empty or with an image in a system turn.
+            MediaError: an image cannot be opened.
+            AlignmentError: an image part holds visual tokens of another number than this model's.
+            ContextLengthError: the conversation is longer than `max_length` (default: the model's context).
+            TemplateError: the chat template cannot write it.
+        """
+        place = id or "messages"
+        validate_messages(messages, place)
+        rendered = render(self.tokenizer, self._template(), messages, add_generation_prompt, place)
+        tokens = tokenize(self.tokenizer, rendered, self._special_ids(), place)
+        ids, starts = torch.tensor(tokens.ids), torch.tensor(tokens.starts)
+        is_target = torch.zeros(len(ids), dtype=torch.bool)
+        for start, end in rendered.targets:
+            is_target |= (starts >= start) & (starts < end)
+        repeats = torch.where(ids == self.image_token_id, self.num_visual_tokens, 1)
+        ids, is_target = ids.repeat_interleave(repeats), is_target.repeat_interleave(repeats)
+        images = [(message.role, image) for message in messages for image in message.images]
+        self._check_length(len(ids), len(images), max_length or self.max_length, place)
+        is_visual = ids == self.image_token_id
+        return TokenSequence(
+            input_ids=ids,
+            labels=torch.where(is_target & ~is_visual, ids, IGNORE_INDEX),
+            is_visual=is_visual,
+            pixel_values=self._pixels([image for _, image in images]),
+            visual_tokens=self._given_tokens([image for _, image in images], place),
+            from_pixels=torch.tensor([image.visual_tokens is None for _, image in images], dtype=torch.bool),
+            visual_targets=torch.tensor([role == "assistant" for role, _ in images], dtype=torch.bool),
+            id=id,
+            source=source,
+            weight=weight,
+        )
+
+    def __call__(self, messages: Sequence[Message], **kwargs: Any) -> TokenSequence:
+        """Same as `encode`."""
+        return self.encode(messages, **kwargs)
+
+    def decode(self, ids: Sequence[int] | Tensor, *, skip_special_tokens: bool = False) -> str:
+        """Text of ids, special tokens included unless skipped."""
+        return self.tokenizer.decode(ids, skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False)
+
+    def prepare_image(self, image: ImagePart) -> Float[np.ndarray, "3 h w"]:
+        """Pixels of an image as the encoder reads them."""
+        return preprocess(open_image(image.image), self.image_size, self.image_mean, self.image_std, self.image_resample)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> "MetaMorphProcessor":  # pyright: ignore
+        """Load what `save_pretrained` wrote.
+
+        Raises:
+            CheckpointError: a file is missing or broken, or the special tokens are absent.
+        """
+        try:
+            return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        except (OSError, ValueError, TypeError) as error:
+            raise CheckpointError(
+                f"{error} but a processor was expected ({pretrained_model_name_or_path}). Give the directory that `metamorph init` or training wrote."
+            ) from error
+
+    def _id(self, token: str) -> int:
+        return self.tokenizer.convert_tokens_to_ids(token)
+
+    def _template(self) -> str:
+        if not isinstance(self.chat_template, str):
+            place = self.tokenizer.name_or_path or "tokenizer"
+            raise TemplateError(f"no chat template but one was expected ({place}). Use an instruction-tuned LLM or give chat_template.")
+        return self.chat_template
+
+    def _special_ids(self) -> frozenset[int]:
+        return frozenset(number for number, token in self.tokenizer.added_tokens_decoder.items() if token.special)
+
+    def _check_length(self, positions: int, images: int, max_length: int | None, place: str) -> None:
+        if max_length is not None and positions > max_length:
+            visual = images * self.num_visual_tokens
+            raise ContextLengthError(
+                f"{positions} positions ({images} images x {self.num_visual_tokens} visual tokens + {positions - visual} others) but at most "
+                f"{max_length} are allowed ({place}). Show fewer images, shorten the text, or raise max_length."
+            )
+
+    def _pixels(self, images: list[ImagePart]) -> Float[Tensor, "m 3 h w"]:
+        arrays = [self.prepare_image(image) for image in images if image.visual_tokens is None]
+        if not arrays:
+            return torch.zeros(0, 3, *self.image_size)
+        return torch.from_numpy(np.stack(arrays))
+
+    def _given_tokens(self, images: list[ImagePart], place: str) -> Float[Tensor, "n k v"] | None:
+        given = [image.visual_tokens.detach().float().cpu() for image in images if image.visual_tokens is not None]
+        for tokens in given:
+            if len(tokens) != self.num_visual_tokens or tokens.shape != given[0].shape:
+                raise AlignmentError(
+                    f"visual tokens of shape {tuple(tokens.shape)} but ({self.num_visual_tokens}, {given[0].shape[-1]}) was expected ({place}). "
+                    "Use visual tokens of this model."
+                )
+        if not given:
+            return None
+        rows, empty = iter(given), torch.zeros_like(given[0])
+        return torch.stack([empty if image.visual_tokens is None else next(rows) for image in images])
+
+
+def check_template(processor: MetaMorphProcessor) -> int:
+    """Encode a probe conversation of two turns, with images in questions and answers, and compare its targets with what is said.
+
+    Returns:
+        The id of the token that ends a turn.
+
+    Raises:
+        TemplateError: the targets are not exactly the answers and their ends of turn; the message shows both.
+    """
+    image = ImagePart(visual_tokens=torch.zeros(processor.num_visual_tokens, 1))
+    answers = [("A red square. Here it is:", image, "Anything else?"), (image, "That one is green.")]
+    questions = [(image, "What is this? Draw it."), ("And the other?",)]
+    turns = [message for q, a in zip(questions, answers, strict=True) for message in (Message.user(*q), Message.assistant(*a))]
+    sequence = processor.encode(turns, id="probe conversation")
+    kept = (sequence.labels != IGNORE_INDEX) | sequence.is_visual
+    edges = torch.cat([torch.tensor([True]), kept[1:] != kept[:-1]]).nonzero().flatten().tolist()
+    runs = [sequence.labels[a:b] for a, b in zip(edges, [*edges[1:], len(kept)], strict=True)]
+    found = [run[run != IGNORE_INDEX] for run in runs if bool((run != IGNORE_INDEX).any())]
+    picture = IMAGE_START_TOKEN + IMAGE_END_TOKEN
+    expected = ["".join(part if isinstance(part, str) else picture for part in answer) for answer in answers]
+    ends = {int(run[-1]) for run in found}
+    texts = [processor.decode(run[:-1]) for run in found]
+    place = f"probe conversation, chat template of {processor.tokenizer.name_or_path or 'the tokenizer'}"
+    if texts != expected or len(ends) != 1 or not ends <= processor._special_ids():
+        shown = [processor.decode(run) for run in found]
+        raise TemplateError(
+            f"targets {shown} but {[text + '<end of turn>' for text in expected]} were expected ({place}). "
+            "Mark in the template with {% generation %} what the assistant says and the end-of-turn token, nothing else."
+        )
+    return ends.pop()
