@@ -1,0 +1,98 @@
+"""Rows drawn as Examples, and the sources from which training and evaluation take them.
+
+Every example is a pure function of (seed, split, kind, index), so that a run can stop and go on anywhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+from PIL import Image
+
+from metamorph.messages import Example, ImagePart, Message, Part, TextPart, VideoPart
+from metamorph.microworld.rows import KINDS, Picture, Row, RowPart
+from metamorph.microworld.scenes import crop_cell, render
+from metamorph.microworld.text import document
+from metamorph.microworld.world import Split
+
+# The paper's six kinds (section 5) with more of the rare ones, and text-only rows that keep what text taught.
+MIXTURE: Mapping[str, float] = {
+    "image_qa": 0.40,
+    "generation": 0.30,
+    "video_qa": 0.04,
+    "frames": 0.08,
+    "thinking": 0.06,
+    "edit": 0.08,
+    "text": 0.04,
+}
+_SPLIT_SEEDS = {"train": 1, "validation": 2, "test": 3}
+
+
+def draw(picture: Picture) -> Image.Image:
+    """The pixels of a picture in a row."""
+    pixels = render(picture.scene)
+    return Image.fromarray(pixels if picture.crop is None else crop_cell(pixels, picture.crop))
+
+
+def _part(part: RowPart) -> Part:
+    if isinstance(part, str):
+        return TextPart(part)
+    if isinstance(part, Picture):
+        return ImagePart(image=draw(part))
+    return VideoPart(frames=tuple(ImagePart(image=draw(picture)) for picture in part), fps=1.0)
+
+
+def to_messages(row: Row) -> tuple[Message, ...]:
+    """The row with its pictures drawn."""
+    return tuple(Message(role, tuple(_part(part) for part in parts)) for role, parts in row.turns)  # pyright: ignore[reportArgumentType]
+
+
+def text_row(rng: np.random.Generator, split: Split) -> Row:
+    """A dialogue without pictures, from the language model's own reading."""
+    while isinstance(chat := document(rng), str):
+        pass
+    return Row("text", tuple((role, (said,)) for role, said in chat))
+
+
+def make_row(kind: str, seed: int, split: Split, index: int) -> Row:
+    """Row number `index` of a kind."""
+    rng = np.random.default_rng([seed, _SPLIT_SEEDS[split], sorted([*KINDS, "text"]).index(kind), index])
+    return text_row(rng, split) if kind == "text" else KINDS[kind](rng, split)
+
+
+@dataclass(frozen=True)
+class MicroworldSource:
+    """A source of examples of several kinds in given shares.
+
+    `kinds` maps a kind to its share; index i is an example whose kind is drawn by those shares.
+    """
+
+    kinds: Mapping[str, float] = field(default_factory=lambda: dict(MIXTURE))
+    size: int = 100_000
+    seed: int = 0
+    split: Split = "train"
+    name: str = "microworld"
+
+    def __len__(self) -> int:
+        """Number of examples."""
+        return self.size
+
+    def row(self, index: int) -> Row:
+        """The row behind example `index`."""
+        names, shares = list(self.kinds), np.array(list(self.kinds.values()), dtype=float)
+        rng = np.random.default_rng([self.seed, 77, index])
+        return make_row(str(rng.choice(names, p=shares / shares.sum())), self.seed, self.split, index)
+
+    def __getitem__(self, index: int) -> Example:
+        """Example `index`, drawn."""
+        if not 0 <= index < self.size:
+            raise IndexError(f"index {index} but the source has {self.size} examples.")
+        row = self.row(index)
+        return Example(to_messages(row), id=f"{self.split}/{row.kind}/{index}", source=self.name, kind=row.kind)
+
+
+def training_source(kinds: Mapping[str, float] | None = None, size: int = 100_000, seed: int = 0, split: Split = "train") -> MicroworldSource:
+    """The source that recipes name: the default mixture unless shares are given."""
+    return MicroworldSource(dict(kinds or MIXTURE), size, seed, split)

@@ -1,0 +1,124 @@
+"""The microworld's language model: a small Llama pretrained on text only.
+
+Axes: b sequences, t positions.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+import torch
+from jaxtyping import Int64
+from torch import Tensor
+
+from metamorph.batch import IGNORE_INDEX
+from metamorph.losses import LossTerm, text_cross_entropy
+from metamorph.microworld.names import NamedLook
+from metamorph.microworld.questions import ask_about_name
+from metamorph.microworld.text import document
+from metamorph.microworld.tokenizer import END, MAX_LENGTH, ROLE_TOKENS
+
+if TYPE_CHECKING:
+    from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+
+LanguageSize = Literal["tiny", "small", "base"]
+SIZES: dict[LanguageSize, dict[str, int]] = {
+    "tiny": {"hidden_size": 96, "intermediate_size": 256, "num_hidden_layers": 4, "num_attention_heads": 3, "num_key_value_heads": 3},
+    "small": {"hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 6, "num_attention_heads": 4, "num_key_value_heads": 4},
+    "base": {"hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 8, "num_attention_heads": 8, "num_key_value_heads": 4},
+}
+
+
+def build_llama(size: LanguageSize, tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
+    """A Llama of the given size with fresh weights and tied embeddings."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        **SIZES[size],
+        vocab_size=len(tokenizer),
+        max_position_embeddings=MAX_LENGTH,
+        tie_word_embeddings=True,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    return LlamaForCausalLM(config)
+
+
+def document_text(rng: np.random.Generator) -> str:
+    """One document as the text that is tokenized: what the chat template writes, or plain text and the end token."""
+    text = document(rng)
+    if isinstance(text, str):
+        return text + END
+    return "".join(ROLE_TOKENS[role] + said + END for role, said in text)
+
+
+@dataclass
+class LanguageBatch:
+    """Rows filled with whole documents; positions restart at each, by which attention knows their borders."""
+
+    input_ids: Int64[Tensor, "b t"]
+    position_ids: Int64[Tensor, "b t"]
+    labels: Int64[Tensor, "b t"]
+    ids: tuple[str, ...] = ()
+    target_counts: dict[str, int] = field(default_factory=dict)
+
+    def to(self, device: torch.device | str) -> LanguageBatch:
+        """The batch on another device."""
+        return replace(self, **{name: getattr(self, name).to(device) for name in ("input_ids", "position_ids", "labels")})
+
+
+def language_batch(tokenizer: PreTrainedTokenizerFast, rows: int, length: int, rng: np.random.Generator) -> LanguageBatch:
+    """Rows of `length` positions. `labels` hold the next id, none across a border of documents."""
+    ids = torch.full((rows, length), int(tokenizer.pad_token_id))
+    positions = torch.zeros((rows, length), dtype=torch.long)
+    labels = torch.full((rows, length), IGNORE_INDEX)
+    texts = [document_text(rng) for _ in range(rows * length // 24)]  # more than fit: one call of the tokenizer is fast
+    documents = iter(tokenizer(texts)["input_ids"])
+    for row in range(rows):
+        filled = 0
+        for document_ids in documents:
+            fresh = torch.tensor(document_ids)
+            if filled + len(fresh) > length:
+                break
+            part = slice(filled, filled + len(fresh))
+            ids[row, part], positions[row, part] = fresh, torch.arange(len(fresh))
+            labels[row, filled : filled + len(fresh) - 1] = fresh[1:]
+            filled += len(fresh)
+        positions[row, filled:] = torch.arange(length - filled)
+    return LanguageBatch(ids, positions, labels, target_counts={"text": int((labels != IGNORE_INDEX).sum())})
+
+
+def language_step(model: LlamaForCausalLM, batch: LanguageBatch) -> dict[str, LossTerm]:
+    """Cross-entropy of every next token."""
+    hidden = model.model(input_ids=batch.input_ids, position_ids=batch.position_ids).last_hidden_state
+    kept = batch.labels != IGNORE_INDEX
+    return {"text": text_cross_entropy(model.lm_head(hidden[kept]), batch.labels[kept])}
+
+
+@torch.no_grad()
+def answers_in_text(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, questions: list[str]) -> list[str]:
+    """Greedy answers to questions without a picture."""
+    prompts = [[{"role": "user", "content": question}] for question in questions]
+    texts = [tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True) for prompt in prompts]
+    inputs = tokenizer(texts, return_tensors="pt", padding=True, padding_side="left", return_token_type_ids=False)
+    inputs = {name: value.to(model.device) for name, value in inputs.items()}
+    made = model.generate(**inputs, max_new_tokens=12, do_sample=False)
+    return tokenizer.batch_decode(made[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+
+
+def name_questions(named: tuple[NamedLook, ...], seed: int, each: int) -> list[tuple[str, str]]:
+    """Questions and answers about what names mean, `each` of them for every name."""
+    rng = np.random.default_rng(seed)
+    asked = [ask_about_name(one, rng) for one in named for _ in range(each)]
+    return [(question.text, question.answer) for question in asked]
+
+
+@torch.no_grad()
+def text_perplexity(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, seed: int, rows: int = 64) -> float:
+    """Perplexity per token on fresh documents."""
+    batch = language_batch(tokenizer, rows, 128, np.random.default_rng(seed)).to(model.device)
+    term = language_step(model, batch)["text"]
+    return float((term.sum / term.count).exp())
