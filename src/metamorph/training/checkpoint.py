@@ -154,7 +154,10 @@ def read_details(path: Path) -> dict[str, Any]:
 
 
 def _model_tensors(model: nn.Module) -> dict[str, Tensor]:
-    return {f"model.{name}": value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
+    """Weights and buffers; a tied tensor once, under its first name."""
+    first_names = {name for name, _ in model.named_parameters()}
+    tied = {name for name, _ in model.named_parameters(remove_duplicate=False)} - first_names
+    return {f"model.{name}": value for name, value in model.state_dict().items() if isinstance(value, Tensor) and name not in tied}
 
 
 def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

@@ -34,6 +34,8 @@ class Section(BaseModel):
         except ValidationError as error:
             raise ConfigError(_describe(type(self).__name__, error)) from None
 
+    __init__.__pydantic_base_init__ = True  # pyright: ignore  # inner sections are validated by the outermost, which knows the place
+
     def to_dict(self) -> dict[str, Any]:
         """Nested plain values, from which an equal section can be built."""
         return self.model_dump(mode="json")

@@ -7,7 +7,7 @@ micro-batches and processes, and does the rest.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -70,6 +70,7 @@ def train(
     companions: Mapping[str, Companion] | None = None,
     resume: bool = False,
     start: Path | None = None,
+    replicate: Sequence[str] = (),
 ) -> TrainResult:
     """Train what requires a gradient in `model`, in place.
 
@@ -85,6 +86,7 @@ def train(
         companions: what follows the weights, such as an EMA; saved and resumed with them.
         resume: go on from the last complete checkpoint of this stage, if there is one.
         start: checkpoint (of an earlier stage) that gives the weights when there is none to resume from.
+        replicate: frozen modules that every process keeps whole: those that not every batch runs, such as a vision encoder.
 
     Raises:
         NonFiniteLossError: with step and record ids; the weights are those before the step.
@@ -93,7 +95,7 @@ def train(
     """
     device = pick_device(config.device)
     with processes(device):
-        loop = _Loop.open(step, model, stream, config, Path(run_dir), stage, device, tracker, companions or {}, resume, start)
+        loop = _Loop.open(step, model, stream, config, Path(run_dir), stage, device, tracker, companions or {}, resume, start, replicate)
         try:
             return loop.run(evaluators or {})
         finally:
@@ -117,7 +119,7 @@ class _Loop:
     history: list[dict[str, Any]] = field(default_factory=list)
 
     @classmethod
-    def open(cls, step, model, stream, config, run_dir, stage, device, tracker, companions, resume, start) -> _Loop:
+    def open(cls, step, model, stream, config, run_dir, stage, device, tracker, companions, resume, start, replicate) -> _Loop:
         checkpoints = run_dir / "checkpoints" / stage
         last = next(reversed(list_checkpoints(checkpoints)), None)
         if last is not None and not resume:
@@ -127,7 +129,7 @@ class _Loop:
         model.to(device)
         # a resumed run keeps its precision: a measurement repeated may come out otherwise
         precision = read_details(last)["precision"] if last else choose_precision(config.precision, device, model)
-        engine = Engine(step, model, config, device, precision)
+        engine = Engine(step, model, config, device, precision, replicate)
         optimizer = build_optimizer(model, config)
         if last is not None:
             done = load_checkpoint(last, model, optimizer, stream, companions=companions)["step"]

@@ -16,9 +16,9 @@ import torch
 import torch.distributed as dist
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 
-from metamorph.errors import AlignmentError, NonFiniteLossError
+from metamorph.errors import AlignmentError, ConfigError, NonFiniteLossError
 from metamorph.losses import LossTerm
 from metamorph.training.config import TrainingConfig
 from metamorph.training.device import world_size
@@ -95,20 +95,35 @@ class StepPart:
 class Engine(nn.Module):
     """A model with its step function: one callable, so that a sharded run gathers what the step needs, whatever methods it calls."""
 
-    def __init__(self, step: StepFunction, model: nn.Module, config: TrainingConfig, device: torch.device, precision: str) -> None:
+    def __init__(
+        self,
+        step: StepFunction,
+        model: nn.Module,
+        config: TrainingConfig,
+        device: torch.device,
+        precision: str,
+        replicate: Sequence[str] = (),
+    ) -> None:
         super().__init__()
         self.model, self.step = model, step
         self.config, self.device, self.precision = config, device, precision
         if config.gradient_checkpointing:
             model.gradient_checkpointing_enable()  # pyright: ignore[reportCallIssue]
         if world_size() > 1:
-            for block in _blocks(model):
-                fully_shard(block)
-            fully_shard(self)
-            for module in self.modules():
-                if hasattr(module, "set_gradient_divide_factor"):
-                    module.set_gradient_divide_factor(1.0)  # pyright: ignore[reportCallIssue]  # gradients add up: the losses are divided already
+            self._shard([model.get_submodule(name) for name in replicate])
         set_modes(model)
+
+    def _shard(self, whole: Sequence[nn.Module]) -> None:
+        """Split all parameters over the processes, layer by layer, except those of the modules in `whole`."""
+        kept = {parameter for module in whole for parameter in module.parameters()}
+        if any(parameter.requires_grad for parameter in kept):
+            raise ConfigError("a module to keep whole on every process trains but it must be frozen (replicate). Freeze or shard it.")
+        for block in _blocks(self.model, whole):
+            fully_shard(block)
+        fully_shard(self, ignored_params=kept)
+        for module in self.modules():
+            if isinstance(module, FSDPModule):
+                module.set_gradient_divide_factor(1.0)  # gradients add up: the losses are divided already
 
     def forward(self, batch: TrainingBatch) -> Mapping[str, LossTerm]:
         """The losses of a batch."""
@@ -228,13 +243,15 @@ def _count_tokens(batch: Any) -> int:
     return ids.numel() if isinstance(ids, Tensor) else sum(batch.target_counts.values())
 
 
-def _blocks(model: nn.Module) -> Iterator[nn.Module]:
+def _blocks(model: nn.Module, whole: Sequence[nn.Module]) -> Iterator[nn.Module]:
     """The units that are sharded and gathered one at a time: the members of the outermost module lists, which is where layers are."""
     for child in model.children():
+        if any(child is module for module in whole):
+            continue
         if isinstance(child, nn.ModuleList):
             yield from child
         else:
-            yield from _blocks(child)
+            yield from _blocks(child, whole)
 
 
 def _raise_if_not_finite(bad: list[str], grad_norm: float, micro_batches: Sequence[TrainingBatch], step: int) -> None:
