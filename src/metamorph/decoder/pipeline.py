@@ -144,7 +144,7 @@ class VisualDecoderPipeline(DiffusionPipeline):
             scheduler.set_timesteps(num_steps, device=self.device)
             sample = initial_noise(seeds, self.space.shape) * scheduler.init_noise_sigma
         sample = sample.to(self.device, self.unet.dtype).contiguous(memory_format=torch.channels_last)
-        for timestep in self.progress_bar(scheduler.timesteps):
+        for timestep in self.progress_bar(scheduler.timesteps):  # pyright: ignore[reportGeneralTypeIssues]
             predicted = denoise(self.unet, torch.cat([sample, sample]) if guided else sample, timestep, condition)
             if guided:
                 told, untold = predicted.chunk(2)
