@@ -1,6 +1,7 @@
 """What a model reads: one tokenized conversation, and a batch of them, as named tensors.
 
-Axes: b sequences (rows), t positions, n images (flat, in reading order), m images that come as pixels, k visual tokens per image, v vision width.
+Axes: b sequences (rows), t positions, n images (flat, in reading order), m images that come as pixels, k visual tokens per image,
+v vision width.
 """
 
 from collections.abc import Mapping
@@ -118,7 +119,7 @@ class Batch:
         return {name: value for name, value in vars(self).items() if name not in not_inputs}
 
     def split_into(self, parts: int) -> list["Batch"]:
-        """Cut into at most `parts` batches of whole rows, as even as possible, with their own counts; ids stay only if there is one per row."""
+        """Cut into at most `parts` batches of whole rows, as even as possible, each with its own target counts."""
         rows = torch.arange(len(self)).tensor_split(min(parts, len(self)))
         return [self._rows(int(part[0]), int(part[-1]) + 1) for part in rows]
 

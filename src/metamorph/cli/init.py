@@ -50,4 +50,4 @@ def run(
     for name, module in model.named_children():
         typer.echo(f"{name:16} {sum(p.numel() for p in module.parameters()):>14,} parameters")
     height, width = processor.image_size
-    typer.echo(f"{out}: an image of {height} x {width} pixels is {processor.num_visual_tokens} visual tokens. Train it with `metamorph train`.")
+    typer.echo(f"{out}: an image of {height} x {width} pixels is {processor.num_visual_tokens} visual tokens. Next: `metamorph train`.")

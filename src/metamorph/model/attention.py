@@ -109,12 +109,14 @@ def run_packed(
     implementation = decoder.config._attn_implementation
     if implementation != PACKED_ATTENTION and "flash" not in str(implementation):
         raise ConfigError(
-            f"attention {implementation!r} but packed rows need {PACKED_ATTENTION!r} or flash attention ({type(decoder).__name__}). Use padded batches."
+            f"attention {implementation!r} but packed rows need {PACKED_ATTENTION!r} or flash attention ({type(decoder).__name__}). "
+            "Use padded batches."
         )
-    if [sum(row) for row in document_lengths] != attention_mask.sum(dim=1).tolist():
+    given, real = [sum(row) for row in document_lengths], attention_mask.sum(dim=1).tolist()
+    if given != real:
         raise AlignmentError(
-            f"documents of {[sum(row) for row in document_lengths]} positions but rows of {attention_mask.sum(dim=1).tolist()} real positions "
-            "(packed batch). Give the lengths of exactly the documents in each row."
+            f"documents of {given} positions but rows of {real} real positions (packed batch). "
+            "Give the lengths of exactly the documents in each row."
         )
     lengths = torch.tensor([length for row in document_lengths for length in row if length])
     offsets = torch.cat([torch.zeros(1, dtype=torch.long), lengths.cumsum(0)]).to(embeddings.device, torch.int32)

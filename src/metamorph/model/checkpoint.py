@@ -45,7 +45,8 @@ def _check_complete(model: "MetaMorph", missing: list[str], path: str | Path) ->
     ids = (config.image_token_id, config.image_start_token_id, config.image_end_token_id)
     if not all(isinstance(number, int) and 0 <= number < rows for number in ids):
         raise CheckpointError(
-            f"image token ids {ids} but three ids below {rows}, the rows of the embedding, were expected ({path}). Make the model with `metamorph init`."
+            f"image token ids {ids} but three ids below {rows}, the rows of the embedding, were expected ({path}). "
+            "Make the model with `metamorph init`."
         )
 
 
@@ -55,7 +56,8 @@ def _load_encoder(model: "MetaMorph", directory: Path) -> None:
     try:
         model.vision_encoder.encoder.load_state_dict(encoder.state_dict())
     except RuntimeError as error:
-        raise CheckpointError(f"{_first_line(error)} but this model's vision encoder was expected ({place}). Put the right encoder there.") from error
+        found = _first_line(error)
+        raise CheckpointError(f"{found} but this model's vision encoder was expected ({place}). Put the right encoder there.") from error
     model.config.vision_encoder_path = None  # the weights are here now: saving again saves all of them
 
 

@@ -63,7 +63,7 @@ class MetaMorphConfig(PretrainedConfig):
     def _check(self) -> None:
         if self.num_visual_tokens < 1 or self.token_grid**2 != self.num_visual_tokens:
             raise ConfigError(
-                f"num_visual_tokens={self.num_visual_tokens} but a square number was expected (MetaMorphConfig). Use 16, 64, 144 or another square."
+                f"num_visual_tokens={self.num_visual_tokens} but a square number was expected (MetaMorphConfig). Use a square such as 64."
             )
         allowed = {
             "pooling": ("bilinear", "area"),

@@ -1,14 +1,14 @@
 """Messages as the LLM's own chat template writes them, and which characters of that text are targets.
 
-Every part is rendered as a mark of private-use characters, so that a template never sees (and cannot change) what people said, and the exact
-place of each part is known. Targets are found in one of two ways:
+Every part is rendered as a mark of private-use characters, so that a template never sees (and cannot change) what people said, and the
+exact place of each part is known. Targets are found in one of two ways:
 
 - The template has `{% generation %}`: a target runs from the start of that block to the end of the first special token after the last part.
 - It has not: a target starts where the rendering of the earlier turns with a generation prompt ends, and runs to that same special token.
 
-Text is tokenized as one string, as the plain rendering would be, with two exceptions. It is cut where an answer starts, because at inference
-the prompt ends there (not for tokenizers that write a space before every text). And text of a person that spells a special token is cut out
-and tokenized with special tokens switched off: it stays text.
+Text is tokenized as one string, as the plain rendering would be, with two exceptions. It is cut where an answer starts, because at
+inference the prompt ends there (not for tokenizers that write a space before every text). And text of a person that spells a special token
+is cut out and tokenized with special tokens switched off: it stays text.
 """
 
 import re
@@ -91,7 +91,7 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, rendered: RenderedConversation,
     result = _tokenize_segments(tokenizer, rendered.text, cuts, spelled)
     if left := _spelled_specials(result, rendered, special_ids):
         words = rendered.text[slice(*min(left))]
-        raise TemplateError(f"{words!r} became a special token but text was expected ({place}). Use a tokenizer that can split special tokens.")
+        raise TemplateError(f"{words!r} became a special token but text was expected ({place}). Use a tokenizer that can split them.")
     return result
 
 
@@ -126,12 +126,14 @@ def _answer_start(
     if _GENERATION.search(template):
         around = [start for start, end in blocks if start <= first < end]
         if not around:
-            raise TemplateError(f"turn {turn + 1} outside of {{% generation %}} but all answers inside were expected ({place}). Mend the template.")
+            raise TemplateError(
+                f"turn {turn + 1} outside of {{% generation %}} but answers inside were expected ({place}). Mend the template."
+            )
         return around[0]
     prompt, _ = _apply(tokenizer, template, marked[:turn], True, place)
     if not text.startswith(prompt):
         raise TemplateError(
-            f"the prompt before turn {turn + 1} is written {prompt[-60:]!r} but {text[: len(prompt)][-60:]!r} within the conversation ({place}). "
+            f"the prompt before turn {turn + 1} is {prompt[-60:]!r} but {text[: len(prompt)][-60:]!r} in the conversation ({place}). "
             "Mark answers in the chat template with {% generation %}."
         )
     return len(prompt)
@@ -143,7 +145,8 @@ def _end_of_turn(tokenizer: PreTrainedTokenizerBase, text: str, last: int, block
     pattern = "|".join(map(re.escape, specials)) or r"(?!)"
     found = re.compile(pattern).search(text, last, following.start() if following else len(text))
     if found is None:
-        raise TemplateError(f"{text[last : last + 40]!r} after an answer but an end-of-turn token was expected ({place}). Mend the template.")
+        after = text[last : last + 40]
+        raise TemplateError(f"{after!r} after an answer but an end-of-turn token was expected ({place}). Mend the template.")
     if blocks and not any(start < last and found.end() <= end for start, end in blocks):
         raise TemplateError(
             f"{found[0]!r} outside of {{% generation %}} but the end of turn inside was expected ({place}). "
@@ -176,8 +179,9 @@ def _fill_in(text: str, marks: list[re.Match[str]], parts: list[TextPart | Image
 def _tokenize_segments(tokenizer: PreTrainedTokenizerBase, text: str, cuts: set[int], literal: set[Span]) -> TokenizedText:
     ids, starts = [], []
     for begin, end in pairwise(sorted({0, len(text)} | cuts)):
+        plain = (begin, end) in literal
         encoded = tokenizer(
-            text[begin:end], add_special_tokens=False, return_offsets_mapping=True, split_special_tokens=(begin, end) in literal, verbose=False
+            text[begin:end], add_special_tokens=False, return_offsets_mapping=True, split_special_tokens=plain, verbose=False
         )
         ids += encoded["input_ids"]
         # Byte-level tokenizers report a token of spaces as an empty span behind them: keep it inside its segment.

@@ -93,10 +93,11 @@ def load_language_model(path: str | Path) -> tuple[PreTrainedTokenizerBase, PreT
         tokenizer = AutoTokenizer.from_pretrained(path)
         model, report = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, use_safetensors=True, output_loading_info=True)
     except (OSError, ValueError, RuntimeError) as error:
-        raise CheckpointError(f"{error} but a causal LM in safetensors was expected ({path}). Give the directory of a complete checkpoint.") from error
+        remedy = "Give the directory of a complete checkpoint."
+        raise CheckpointError(f"{error} but a causal LM in safetensors was expected ({path}). {remedy}") from error
     if missing := sorted(report["missing_keys"]):
         raise CheckpointError(
-            f"{len(missing)} tensors absent, such as {missing[0]}, but a complete causal LM was expected ({path}). Download or save it again."
+            f"{len(missing)} tensors absent, such as {missing[0]}, but a complete causal LM was expected ({path}). Save it again."
         )
     return tokenizer, model
 
@@ -144,7 +145,11 @@ def read_image_settings(vision: str | Path, encoder: PreTrainedModel) -> ImageSe
 
 
 def save_without_encoder(
-    model: MetaMorph, processor: MetaMorphProcessor, directory: str | Path, encoder_reference: str = "../encoder", dtype: torch.dtype | None = None
+    model: MetaMorph,
+    processor: MetaMorphProcessor,
+    directory: str | Path,
+    encoder_reference: str = "../encoder",
+    dtype: torch.dtype | None = None,
 ) -> None:
     """Save a model without its frozen encoder, which `from_pretrained` then reads from `encoder_reference`, relative to `directory`.
 

@@ -1,8 +1,10 @@
 """MetaMorph: any causal LM and any vision encoder, joined by a projector and a vision head, with two losses.
 
-The state at a position predicts what stands at the next one: a text token through the LLM's own head, or a visual token through the vision head.
+The state at a position predicts what stands at the next one: a text token through the LLM's own head, or a visual token through the vision
+head.
 
-Axes: b sequences, t positions, d LLM width, n images (flat, in reading order), m images given as pixels, k visual tokens per image, v vision width.
+Axes: b sequences, t positions, d LLM width, n images (flat, in reading order), m images given as pixels, k visual tokens per image,
+v vision width.
 """
 
 import math
@@ -179,27 +181,17 @@ class MetaMorph(PreTrainedModel):
             AlignmentError: positions, images and visual tokens do not fit, or there are labels and images but no `visual_targets`.
         """
         if is_visual is None:
-            is_visual = torch.zeros_like(input_ids, dtype=torch.bool) if self.config.image_token_id is None else input_ids == self.config.image_token_id
+            placeholder = self.config.image_token_id
+            is_visual = torch.zeros_like(input_ids, dtype=torch.bool) if placeholder is None else input_ids == placeholder
         from_pixels = _default_from_pixels(pixel_values, visual_tokens, is_visual) if from_pixels is None else from_pixels
         check_image_counts(is_visual, pixel_values, visual_tokens, from_pixels, "MetaMorph.forward")
         tokens = self.gather_visual_tokens(pixel_values, visual_tokens, from_pixels)
         embeddings = self._embed(input_ids, tokens, is_visual)
         mask = torch.ones_like(is_visual) if attention_mask is None and past_key_values is None else attention_mask
         if document_lengths is not None:
-            hidden = run_packed(self.get_decoder(), embeddings, mask.bool(), document_lengths, use_cache=False, **kwargs)
-            past_key_values = None
+            hidden, cache = run_packed(self.get_decoder(), embeddings, mask.bool(), document_lengths, use_cache=False, **kwargs), None
         else:
-            if position_ids is None and mask is not None:
-                position_ids = position_ids_of(mask, input_ids.shape[1])
-            states = self.get_decoder()(
-                inputs_embeds=embeddings,
-                attention_mask=mask,
-                position_ids=position_ids,
-                past_key_values=past_key_values,
-                use_cache=use_cache,
-                **kwargs,
-            )
-            hidden, past_key_values = states.last_hidden_state, states.past_key_values if use_cache else None
+            hidden, cache = self._run_decoder(embeddings, mask, position_ids, past_key_values, use_cache, **kwargs)
         terms, losses = None, {}
         if labels is not None:
             real = torch.ones_like(is_visual) if mask is None else mask[:, -labels.shape[1] :].bool()
@@ -211,7 +203,23 @@ class MetaMorph(PreTrainedModel):
         if logits_to_keep is not None or labels is None:
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) and logits_to_keep else logits_to_keep
             logits = self.predict_logits(hidden[:, kept] if isinstance(kept, slice | Tensor) else hidden)
-        return MetaMorphOutput(**losses, logits=logits, last_hidden_state=hidden, past_key_values=past_key_values, terms=terms)
+        return MetaMorphOutput(**losses, logits=logits, last_hidden_state=hidden, past_key_values=cache, terms=terms)
+
+    def _run_decoder(
+        self,
+        embeddings: Float[Tensor, "b t d"],
+        mask: Bool[Tensor, "b total"] | Int[Tensor, "b total"] | None,
+        position_ids: Int64[Tensor, "b t"] | None,
+        cache: Cache | None,
+        use_cache: bool,
+        **kwargs: Any,
+    ) -> tuple[Float[Tensor, "b t d"], Cache | None]:
+        if position_ids is None and mask is not None:
+            position_ids = position_ids_of(mask, embeddings.shape[1])
+        states = self.get_decoder()(
+            inputs_embeds=embeddings, attention_mask=mask, position_ids=position_ids, past_key_values=cache, use_cache=use_cache, **kwargs
+        )
+        return states.last_hidden_state, states.past_key_values if use_cache else None
 
     def loss_terms(self, batch: Batch) -> dict[str, LossTerm]:
         """The two losses of a batch as (sum, count), "text" and "visual", with a gradient path to every module whatever the batch holds.
@@ -223,7 +231,8 @@ class MetaMorph(PreTrainedModel):
         for kind, expected in batch.target_counts.items():
             if (found := int(terms[kind].count)) != expected:
                 raise AlignmentError(
-                    f"{found} {kind} targets in the loss but {expected} in the batch ({', '.join(batch.ids[:3])}). Count targets after padding and packing."
+                    f"{found} {kind} targets in the loss but {expected} in the batch ({', '.join(batch.ids[:3])}). "
+                    "Count targets after padding and packing."
                 )
         return terms
 

@@ -4,6 +4,7 @@ Axes: t positions, n images, m images that come as pixels, k visual tokens per i
 """
 
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -57,11 +58,12 @@ class MetaMorphProcessor(ProcessorMixin):
         self.image_resample = image_resample
         self.max_length = max_length
         if not tokenizer.is_fast:
-            raise CheckpointError(f"{type(tokenizer).__name__} but a fast tokenizer was expected (MetaMorphProcessor). Convert it to tokenizer.json.")
+            found = type(tokenizer).__name__
+            raise CheckpointError(f"{found} but a fast tokenizer was expected (MetaMorphProcessor). Convert it to tokenizer.json.")
         special = {token.content: number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
         if missing := [token for token in (IMAGE_TOKEN, IMAGE_START_TOKEN, IMAGE_END_TOKEN) if token not in special]:
             place = tokenizer.name_or_path or "tokenizer"
-            raise CheckpointError(f"no special token {', '.join(missing)} but all three were expected ({place}). Make the model with `metamorph init`.")
+            raise CheckpointError(f"no special token {', '.join(missing)} but all 3 were expected ({place}). Use `metamorph init`.")
 
     @property
     def image_token_id(self) -> int:
@@ -101,19 +103,19 @@ class MetaMorphProcessor(ProcessorMixin):
         validate_messages(messages, place)
         rendered = render(self.tokenizer, self._template(), messages, add_generation_prompt, place)
         tokens = tokenize(self.tokenizer, rendered, self._special_ids(), place)
-        ids, starts = torch.tensor(tokens.ids), torch.tensor(tokens.starts)
-        is_target = torch.zeros(len(ids), dtype=torch.bool)
-        for start, end in rendered.targets:
-            is_target |= (starts >= start) & (starts < end)
-        repeats = torch.where(ids == self.image_token_id, self.num_visual_tokens, 1)
-        ids, is_target = ids.repeat_interleave(repeats), is_target.repeat_interleave(repeats)
+        placeholder, copies = self.image_token_id, [1, self.num_visual_tokens]
+        ids, labels = [], []
+        for token, start in zip(tokens.ids, tokens.starts, strict=True):
+            is_target = token != placeholder and any(first <= start < end for first, end in rendered.targets)
+            ids += [token] * copies[token == placeholder]
+            labels += [token if is_target else IGNORE_INDEX] * copies[token == placeholder]
         images = [(message.role, image) for message in messages for image in message.images]
         self._check_length(len(ids), len(images), max_length or self.max_length, place)
-        is_visual = ids == self.image_token_id
+        input_ids = torch.tensor(ids)
         return TokenSequence(
-            input_ids=ids,
-            labels=torch.where(is_target & ~is_visual, ids, IGNORE_INDEX),
-            is_visual=is_visual,
+            input_ids=input_ids,
+            labels=torch.tensor(labels),
+            is_visual=input_ids == placeholder,
             pixel_values=self._pixels([image for _, image in images]),
             visual_tokens=self._given_tokens([image for _, image in images], place),
             from_pixels=torch.tensor([image.visual_tokens is None for _, image in images], dtype=torch.bool),
@@ -146,7 +148,8 @@ class MetaMorphProcessor(ProcessorMixin):
             return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
         except (OSError, ValueError, TypeError) as error:
             raise CheckpointError(
-                f"{error} but a processor was expected ({pretrained_model_name_or_path}). Give the directory that `metamorph init` or training wrote."
+                f"{error} but a processor was expected ({pretrained_model_name_or_path}). "
+                "Give the directory that `metamorph init` or training wrote."
             ) from error
 
     def _id(self, token: str) -> int:
@@ -165,8 +168,8 @@ class MetaMorphProcessor(ProcessorMixin):
         if max_length is not None and positions > max_length:
             visual = images * self.num_visual_tokens
             raise ContextLengthError(
-                f"{positions} positions ({images} images x {self.num_visual_tokens} visual tokens + {positions - visual} others) but at most "
-                f"{max_length} are allowed ({place}). Show fewer images, shorten the text, or raise max_length."
+                f"{positions} positions ({images} images x {self.num_visual_tokens} visual tokens + {positions - visual} others) "
+                f"but at most {max_length} are allowed ({place}). Show fewer images, shorten the text, or raise max_length."
             )
 
     def _pixels(self, images: list[ImagePart]) -> Float[Tensor, "m 3 h w"]:
@@ -180,8 +183,8 @@ class MetaMorphProcessor(ProcessorMixin):
         for tokens in given:
             if len(tokens) != self.num_visual_tokens or tokens.shape != given[0].shape:
                 raise AlignmentError(
-                    f"visual tokens of shape {tuple(tokens.shape)} but ({self.num_visual_tokens}, {given[0].shape[-1]}) was expected ({place}). "
-                    "Use visual tokens of this model."
+                    f"visual tokens of shape {tuple(tokens.shape)} but ({self.num_visual_tokens}, {given[0].shape[-1]}) was expected "
+                    f"({place}). Use visual tokens of this model."
                 )
         if not given:
             return None
@@ -205,7 +208,7 @@ def check_template(processor: MetaMorphProcessor) -> int:
     sequence = processor.encode(turns, id="probe conversation")
     kept = (sequence.labels != IGNORE_INDEX) | sequence.is_visual
     edges = torch.cat([torch.tensor([True]), kept[1:] != kept[:-1]]).nonzero().flatten().tolist()
-    runs = [sequence.labels[a:b] for a, b in zip(edges, [*edges[1:], len(kept)], strict=True)]
+    runs = [sequence.labels[first:end] for first, end in pairwise([*edges, len(kept)])]
     found = [run[run != IGNORE_INDEX] for run in runs if bool((run != IGNORE_INDEX).any())]
     picture = IMAGE_START_TOKEN + IMAGE_END_TOKEN
     expected = ["".join(part if isinstance(part, str) else picture for part in answer) for answer in answers]

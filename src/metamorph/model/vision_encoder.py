@@ -101,7 +101,7 @@ class VisionEncoder(nn.Module):
             if isinstance(module := getattr(self.encoder, name, None), nn.Module):
                 return module
         raise ConfigError(
-            f"vision_post_layernorm=True but {type(self.encoder).__name__} has no last layer norm (VisionEncoder). Set vision_post_layernorm=False."
+            f"vision_post_layernorm=True but {type(self.encoder).__name__} has no last layer norm (VisionEncoder). Set it to False."
         )
 
 
@@ -128,6 +128,6 @@ def load_vision_model(path: str | Path) -> PreTrainedModel:
         ) from error
     if missing := sorted(report["missing_keys"]):
         raise CheckpointError(
-            f"{len(missing)} tensors absent, such as {missing[0]}, but a complete vision encoder was expected ({path}). Download or save it again."
+            f"{len(missing)} tensors absent, such as {missing[0]}, but a complete vision encoder was expected ({path}). Save it again."
         )
     return model
