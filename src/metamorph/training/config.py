@@ -119,25 +119,34 @@ class ModelConfig(Section):
 
 
 class SourceConfig(Section):
-    """One source of examples: a function, by dotted path, that returns an ExampleSource when called with `kwargs`."""
+    """A source: a function, by dotted path, that returns an ExampleSource when called with `kwargs`."""
 
     source: str
     kwargs: dict[str, Any] = {}
     weight: float = Field(default=1.0, gt=0)
-    """Share of this source among the sequences that are read, before normalising."""
+    """How often it is drawn relative to the others; in epochs, its passes per epoch."""
+    loss_weight: float = Field(default=1.0, ge=0)
+    """Multiplies the loss of its examples."""
 
 
 class DataConfig(Section):
     """What is read, in which mixture, and how it is put into batches."""
 
     sources: tuple[SourceConfig, ...] = Field(min_length=1)
+    order: Literal["infinite", "epoch"] = "infinite"
+    """Draw without end by weight, or all sources concatenated and shuffled."""
     max_length: int = Field(default=4096, ge=2)
     """Longest sequence, and the length of a packed row; a longer conversation is refused."""
     pack: bool = False
     """Several conversations in one row instead of padding."""
+    group_by_length: bool = False
+    """Sort a step's sequences by length before cutting micro-batches: less padding, same losses."""
     workers: int = Field(default=0, ge=0)
-    cache_encoder: bool = False
-    """Keep the frozen encoder's outputs in memory, by image, instead of computing them each time."""
+    """Processes that prepare batches; 0 = a thread."""
+    cached_images: int = Field(default=0, ge=0)
+    """Images whose encoder outputs are kept in memory instead of being computed each time; 0 = none."""
+    cache_dir: str | None = None
+    """Where encoder outputs are kept on disk as well."""
 
 
 class StageConfig(Section):
@@ -157,14 +166,17 @@ class DecoderConfig(Section):
     """A run that trains the diffusion decoder: where it starts, what conditions it, and its objective."""
 
     encoder: str
-    """A saved MetaMorph, or the reference of a vision encoder, whose visual tokens are the condition."""
+    """A saved MetaMorph, whose visual tokens are the condition."""
     base: str
-    """A saved diffusion pipeline to start from."""
+    """A saved denoiser to start from, laid out as Stable Diffusion: unet/, scheduler/ and, in latent space, vae/."""
+    batches: SourceConfig
+    """A function of (encode, size, seed, **kwargs) that returns a function from the step's number to its DecoderBatch."""
     conditioner: dict[str, Any] = {}
-    """Settings of the VisualConditioner."""
+    """Sizes of the conditioner that differ from its defaults."""
     objective: dict[str, Any] = {}
-    """Settings of the objective: prediction, times, condition dropout and noise."""
+    """Settings of the objective: times, their shift, condition dropout and noise."""
     ema_decay: float | None = Field(default=None, gt=0, lt=1)
+    """Save an exponential moving average of the weights instead of the last."""
 
 
 class RunConfig(Section):
@@ -176,13 +188,16 @@ class RunConfig(Section):
     """None = runs/<name>."""
     model: ModelConfig | None = None
     decoder: DecoderConfig | None = None
-    data: DataConfig
+    data: DataConfig | None = None
+    """What a model reads; a decoder names its batches itself."""
     stages: tuple[StageConfig, ...] = Field(min_length=1)
 
     @model_validator(mode="after")
     def _consistent(self) -> RunConfig:
         if (self.model is None) == (self.decoder is None):
             raise ValueError("both or neither of model and decoder given but a run trains exactly one of them")
+        if self.model is not None and self.data is None and any(stage.data is None for stage in self.stages):
+            raise ValueError("no data given but a stage needs some: set data for the run or for each stage")
         names = [stage.name for stage in self.stages]
         if len(set(names)) != len(names):
             raise ValueError(f"stages named {names} but each needs a name of its own")

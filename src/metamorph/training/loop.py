@@ -15,7 +15,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import nn
 
-from metamorph.errors import CheckpointError
+from metamorph.errors import CheckpointError, ConfigError, TrainingError
 from metamorph.training.checkpoint import (
     Companion,
     Stateful,
@@ -92,6 +92,7 @@ def train(
         NonFiniteLossError: with step and record ids; the weights are those before the step.
         AlignmentError: the number of targets of a loss is not the batch's.
         CheckpointError: there are checkpoints but `resume` is off, or they do not fit.
+        TrainingError: the stream ends before the last step.
     """
     device = pick_device(config.device)
     with processes(device):
@@ -125,6 +126,9 @@ class _Loop:
         if last is not None and not resume:
             remedy = "Resume, or choose another directory."
             raise CheckpointError(f"a checkpoint at {last.name} but an empty directory was expected ({checkpoints}). {remedy}")
+        if companions and world_size() > 1:
+            found = f"{sorted(companions)} that follow the weights but {world_size()} processes"
+            raise ConfigError(f"{found}, over which the weights are split ({stage}). Train on one process, or without them.")
         torch.manual_seed(config.seed + rank())  # dropout and the like; each process its own
         model.to(device)
         # a resumed run keeps its precision: a measurement repeated may come out otherwise
@@ -149,7 +153,7 @@ class _Loop:
         for number in range(self.done + 1, config.steps + 1):
             last = number == config.steps
             started = time.perf_counter()
-            micro_batches: list[TrainingBatch] = next(self.stream)
+            micro_batches = self.next_step()
             waited = time.perf_counter() - started
 
             shared = share_counts(micro_batches, engine.device)  # one exchange between processes, before the first forward
@@ -174,6 +178,13 @@ class _Loop:
                 self.save()
         final = list_checkpoints(self.checkpoints)[-1]
         return TrainResult(self.done, self.history, time.perf_counter() - began, engine.precision, final)
+
+    def next_step(self) -> list[TrainingBatch]:
+        micro_batches = next(self.stream, None)
+        if micro_batches is None:
+            found = f"the data ended after {self.done} steps but {self.config.steps} were asked for ({self.stage})"
+            raise TrainingError(f"{found}. Lower steps, or read more epochs.")
+        return micro_batches
 
     def log(self, row: Mapping[str, Any]) -> None:
         full = {"step": self.done, "stage": self.stage, **row}

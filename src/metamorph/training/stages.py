@@ -56,7 +56,6 @@ def _module(model: nn.Module, name: str) -> nn.Module:
     if module is None or not name:
         parent, _, leaf = name.rpartition(".")
         siblings = dict(model.named_modules()).get(parent, model)
-        raise ConfigError(
-            f"{unknown_name(leaf, [child for child, _ in siblings.named_children()], f'module of {parent or type(model).__name__}')}"
-        )
+        children = [child for child, _ in siblings.named_children()]
+        raise ConfigError(unknown_name(leaf, children, f"module of {parent or type(model).__name__}"))
     return module

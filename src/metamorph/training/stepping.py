@@ -124,6 +124,7 @@ class Engine(nn.Module):
         for module in self.modules():
             if isinstance(module, FSDPModule):
                 module.set_gradient_divide_factor(1.0)  # gradients add up: the losses are divided already
+                module.set_force_sum_reduction_for_comms(True)  # gloo knows no scaled sums
 
     def forward(self, batch: TrainingBatch) -> Mapping[str, LossTerm]:
         """The losses of a batch."""

@@ -1,0 +1,181 @@
+"""From settings to the things that are trained and read: model, decoder, stream."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from functools import partial
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from metamorph.batch import Batch
+from metamorph.data.collate import pack, pad
+from metamorph.data.mixture import ExampleSource, Mixture, WeightedSource
+from metamorph.data.stream import BatchStream, ExampleEncoder
+from metamorph.errors import CheckpointError, ConfigError
+from metamorph.losses import LossTerm
+from metamorph.training.config import DataConfig, DecoderConfig, ModelConfig, SourceConfig, TrainingConfig, unknown_name
+from metamorph.training.device import rank, world_size
+from metamorph.training.encoder_cache import CachingEncode, EncoderCache, encoder_fingerprint
+
+if TYPE_CHECKING:
+    from metamorph.decoder import DecoderModel, DecoderStream
+    from metamorph.model.modeling import MetaMorph
+    from metamorph.model.processing import MetaMorphProcessor
+
+
+def vpit_step(model: MetaMorph, batch: Batch) -> dict[str, LossTerm]:
+    """The step function of both stages: the text and visual losses of a batch; the loop compares their counts with the collator's."""
+    terms = model(**batch.model_inputs()).terms
+    assert terms is not None  # a batch always has labels
+    return terms
+
+
+def build_model(config: ModelConfig, seed: int) -> tuple[MetaMorph, MetaMorphProcessor]:
+    """Join an LLM and a vision encoder (new parts random by `seed`), or load a saved model.
+
+    Raises:
+        CheckpointError, ConfigError, TemplateError: see `initialize` and `load`.
+    """
+    from metamorph.model.conversion import initialize, load
+
+    if config.start is not None:
+        if config.overrides:
+            found = f"overrides of {sorted(config.overrides)} and start={config.start!r}"
+            raise ConfigError(f"{found} but a saved model keeps its own settings (ModelConfig). Leave overrides out.")
+        return load(config.start)
+    assert config.llm is not None and config.vision is not None  # validated
+    return initialize(config.llm, config.vision, seed=seed, **config.overrides)
+
+
+def build_stream(
+    data: DataConfig, training: TrainingConfig, processor: MetaMorphProcessor, cache: EncoderCache | None = None
+) -> BatchStream:
+    """This process's share of the mixture's batches.
+
+    Raises:
+        ConfigError: a source cannot be found or called, or settings contradict each other.
+    """
+    if cache is not None and data.workers:
+        raise ConfigError(f"workers={data.workers} with an encoder cache but it lives in one process (data). Set workers=0.")
+    encode: Callable[..., Any] = ExampleEncoder(processor, data.max_length)
+    sources = [WeightedSource(load_source(source), source.weight, source.loss_weight) for source in data.sources]
+    return BatchStream(
+        Mixture(sources, seed=training.seed, order=data.order),
+        CachingEncode(encode, cache) if cache is not None else encode,
+        batch_size=training.batch_size,
+        collate=partial(pack, max_length=data.max_length) if data.pack else pad,
+        micro_batch_size=training.micro_batch_size,
+        rank=rank(),
+        world_size=world_size(),
+        workers=data.workers,
+        group_by_length=data.group_by_length,
+    )
+
+
+def build_cache(data: DataConfig, model: MetaMorph) -> EncoderCache | None:
+    """The cache of encoder outputs that the data settings ask for, if any."""
+    if not data.cached_images and data.cache_dir is None:
+        return None
+    names = ("vision_feature_layer", "vision_post_layernorm", "pooling", "num_visual_tokens", "normalize_visual_tokens")
+    settings = {name: getattr(model.config, name) for name in names} | {"vision": model.config.vision_config.to_dict()}
+    directory = None if data.cache_dir is None else Path(data.cache_dir)
+
+    def encode(pixels: Any) -> Any:
+        return model.encode_images(pixels.to(next(model.vision_encoder.parameters()).device))
+
+    return EncoderCache(encode, encoder_fingerprint(model.vision_encoder, settings), capacity=data.cached_images, directory=directory)
+
+
+def build_decoder(config: DecoderConfig) -> tuple[DecoderModel, MetaMorph]:
+    """The decoder at its start, and the model whose visual tokens condition it.
+
+    Raises:
+        CheckpointError: one of them is not there.
+    """
+    from metamorph.decoder import DecoderModel, Objective, from_base
+    from metamorph.decoder.library import AutoencoderKL, DiffusionPipeline, UNet2DConditionModel
+    from metamorph.model.conversion import load
+
+    model, _ = load(config.encoder)
+    base = Path(config.base)
+    try:
+        unet = UNet2DConditionModel.from_pretrained(config.base, subfolder="unet", use_safetensors=True)
+        scheduler = _load_scheduler(config.base)
+        has_vae = (base / "vae").is_dir() or (not base.is_dir() and "vae" in DiffusionPipeline.load_config(config.base))
+        vae = AutoencoderKL.from_pretrained(config.base, subfolder="vae", use_safetensors=True) if has_vae else None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{error} but unet/ and scheduler/ were expected ({config.base}). Give the base of a decoder.") from error
+    start = DecoderModel(unet, scheduler, vae=vae)
+    sizes = {"visual_width": model.config.vision_config.hidden_size, "num_visual_tokens": model.config.num_visual_tokens}
+    return from_base(start, **sizes, **config.conditioner, objective=Objective(**config.objective)), model.eval()
+
+
+def build_decoder_stream(config: DecoderConfig, training: TrainingConfig, encoder: MetaMorph) -> DecoderStream:
+    """This process's share of the decoder's batches: pixels, and the visual tokens of the frozen encoder.
+
+    Raises:
+        ConfigError: the function that makes them cannot be found or called.
+    """
+    from metamorph.decoder import DecoderStream
+
+    share = training.batch_size // world_size()
+    micro = training.micro_batch_size or share
+    if share % micro or training.batch_size % world_size():
+        sizes = f"batch_size {training.batch_size}, {world_size()} processes and micro_batch_size {training.micro_batch_size}"
+        raise ConfigError(f"{sizes} but they must divide (decoder). Choose multiples.")
+    call = partial(_call, config.batches, encode=encoder.encode_images, size=micro)
+    parts = share // micro
+    makers = [call(seed=(training.seed * world_size() + rank()) * parts + part) for part in range(parts)]
+    return DecoderStream(lambda step: [make(step) for make in makers])
+
+
+def load_source(config: SourceConfig) -> ExampleSource:
+    """Call what the dotted path names.
+
+    Raises:
+        ConfigError: it cannot be found or called with these arguments, or does not return an ExampleSource.
+    """
+    source = _call(config)
+    if not isinstance(source, ExampleSource):
+        raise ConfigError(
+            f"{type(source).__name__} but an ExampleSource was expected ({config.source}). Return one with name, len and [i]."
+        )
+    return source
+
+
+def load_object(path: str) -> Any:
+    """What a dotted path names.
+
+    Raises:
+        ConfigError: there is no such module or name; with the nearest.
+    """
+    module_name, _, name = path.rpartition(".")
+    try:
+        module = import_module(module_name)
+    except (ImportError, ValueError) as error:
+        raise ConfigError(
+            f"{path!r} but a dotted path such as package.module.function was expected: {error}. Check the spelling."
+        ) from None
+    if not hasattr(module, name):
+        raise ConfigError(unknown_name(name, [known for known in dir(module) if not known.startswith("_")], f"name in {module_name}"))
+    return getattr(module, name)
+
+
+def _call(config: SourceConfig, **given: Any) -> Any:
+    function = load_object(config.source)
+    try:
+        inspect.signature(function).bind(**given, **config.kwargs)
+    except TypeError as error:
+        signature = f"{config.source}{inspect.signature(function)}"
+        raise ConfigError(f"arguments {sorted(config.kwargs)} but they must fit {signature}: {error}. Correct kwargs.") from None
+    return function(**given, **config.kwargs)
+
+
+def _load_scheduler(path: str) -> Any:
+    from metamorph.decoder.library import DDIMScheduler, FlowMatchEulerDiscreteScheduler
+
+    settings = DDIMScheduler.load_config(path, subfolder="scheduler")
+    kind = FlowMatchEulerDiscreteScheduler if "FlowMatch" in str(settings["_class_name"]) else DDIMScheduler
+    return kind.from_pretrained(path, subfolder="scheduler")
