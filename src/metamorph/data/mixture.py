@@ -9,12 +9,13 @@ from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 from metamorph.errors import CheckpointError, ConfigError
 from metamorph.messages import Example
 
 
+@runtime_checkable
 class ExampleSource(Protocol):
     """Rows that are examples; `source[i]` gives the same example whenever and wherever it is asked."""
 

@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar, runtime_checkable
 
 import torch
 from torch.utils.data import DataLoader, Dataset
@@ -26,10 +26,11 @@ Item = TypeVar("Item")
 T = TypeVar("T")
 
 
+@runtime_checkable
 class EncodesMessages(Protocol):
     """What is needed of a processor."""
 
-    def encode(self, messages: Sequence[Message], *, max_length: int | None, id: str, source: str) -> TokenSequence:
+    def encode(self, messages: Sequence[Message], *, max_length: int | None, id: str, source: str, weight: float) -> TokenSequence:
         """The conversation as a token sequence, or a ContextLengthError."""
         ...
 
@@ -49,8 +50,9 @@ class ExampleEncoder:
             ContextLengthError: it is longer than `max_length`.
         """
         validate_messages(example.messages, example.place, needs_answer=True)
-        sequence = self.processor.encode(example.messages, max_length=self.max_length, id=example.id, source=example.source)
-        return sequence if example.weight == sequence.weight else replace(sequence, weight=example.weight)
+        return self.processor.encode(
+            example.messages, max_length=self.max_length, id=example.id, source=example.source, weight=example.weight
+        )
 
 
 def without_targets(sequence: TokenSequence) -> TokenSequence:
@@ -154,19 +156,12 @@ class BatchStream:
             producer.close()  # pyright: ignore[reportAttributeAccessIssue]
 
     def _produce(self) -> Iterator[_Step | MetaMorphError]:
-        plans = self._plans(self._state["step"])
+        """Holds no reference to the stream, so that a forgotten stream ends its thread or processes."""
+        plans = _plans(self._mixture, self._batch_size, self._rank, self._world_size, self._state["step"])
         if self._workers:
             return _in_processes(self._steps, plans, self._workers, max(1, self._prefetch))
-        steps = (self._steps[plan] for plan in plans)
+        steps = map(self._steps.__getitem__, plans)
         return _in_thread(steps, self._prefetch) if self._prefetch else steps
-
-    def _plans(self, step: int) -> Iterator[_Plan]:
-        """What this rank reads in each step, from the mixture's present position on."""
-        while draws := self._mixture.draw(self._batch_size):
-            step += 1
-            share = draws[self._rank :: self._world_size]
-            missing = -(-len(draws) // self._world_size) - len(share)  # ranks at the end of the line come short by at most one
-            yield _Plan(share + draws[:missing], missing, {"step": step, "mixture": self._mixture.state_dict()})
 
 
 @dataclass(frozen=True)
@@ -176,6 +171,15 @@ class _Plan:
     draws: list[Draw]
     blanks: int
     state: dict[str, Any]
+
+
+def _plans(mixture: Mixture, batch_size: int, rank: int, world_size: int, step: int) -> Iterator[_Plan]:
+    """What a rank reads in each step, from the mixture's present position on."""
+    while draws := mixture.draw(batch_size):
+        step += 1
+        share = draws[rank::world_size]
+        missing = -(-len(draws) // world_size) - len(share)  # ranks at the end of the line come short by at most one
+        yield _Plan(share + draws[:missing], missing, {"step": step, "mixture": mixture.state_dict()})
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,98 @@
+"""The order of a mixture: deterministic, complete, in proportion, resumable at any position."""
+
+import json
+from collections import Counter
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tests.sequences import Numbers
+
+from metamorph.data.mixture import Mixture, WeightedSource, shuffled
+from metamorph.errors import CheckpointError, ConfigError
+
+
+def mixture(*entries, seed=0, **options):
+    return Mixture([WeightedSource(Numbers(f"n{i}", n), weight) for i, (n, weight) in enumerate(entries)], seed=seed, **options)
+
+
+@given(st.integers(1, 100), st.integers(0, 2**70))
+def test_shuffled_is_a_permutation(size, key):
+    assert sorted(shuffled(i, size, key) for i in range(size)) == list(range(size))
+
+
+def test_shuffled_puts_every_item_everywhere():
+    for size in (3, 5):
+        places = Counter(shuffled(0, size, key) for key in range(100 * size))
+        assert min(places.values()) > 60
+        assert max(places.values()) < 150
+
+
+def test_shuffled_is_fast_for_millions():
+    assert shuffled(12_345_678, 16_066_000, 7) != 12_345_678  # nothing of that size is allocated
+
+
+def test_an_epoch_holds_every_row_as_often_as_its_weight_says():
+    draws = mixture((10, 1), (4, 3), (20, 0.5), order="epoch").draw(1000)
+    counts = Counter(draws)
+    assert len(draws) == 10 + 12 + 10
+    assert all(counts[0, i] == 1 for i in range(10))
+    assert all(counts[1, i] == 3 for i in range(4))
+    assert sorted(counts[2, i] for i in range(20)) == [0] * 10 + [1] * 10
+
+
+def test_epochs_differ_and_end():
+    order = mixture((30, 1), (20, 0.5), order="epoch", epochs=2)
+    first, second, rest = order.draw(order.epoch_length), order.draw(order.epoch_length), order.draw(5)
+    assert first != second
+    assert {d for d in first if d.source == 1} != {d for d in second if d.source == 1}  # another half each time
+    assert len(second) == 40
+    assert rest == []
+
+
+def test_infinite_draws_follow_the_weights_and_pass_over_every_row():
+    draws = mixture((50, 3), (1000, 1)).draw(800)
+    counts = Counter(d.source for d in draws)
+    assert 550 < counts[0] < 650
+    first_pass = [d.index for d in draws if d.source == 0][:50]
+    second_pass = [d.index for d in draws if d.source == 0][50:100]
+    assert sorted(first_pass) == sorted(second_pass) == list(range(50))
+    assert first_pass != second_pass
+
+
+def test_the_order_depends_on_the_seed_only():
+    assert mixture((50, 1), (9, 1), seed=5).draw(80) == mixture((50, 1), (9, 1), seed=5).draw(80)
+    assert mixture((50, 1), (9, 1), seed=5).draw(80) != mixture((50, 1), (9, 1), seed=6).draw(80)
+
+
+@given(st.sampled_from(["infinite", "epoch"]), st.integers(0, 60), st.integers(1, 30))
+def test_any_position_can_be_resumed(order, before, after):
+    one = mixture((13, 1), (7, 2.5), seed=3, order=order, epochs=3)
+    one.draw(before)
+    state = json.loads(json.dumps(one.state_dict()))
+    two = mixture((13, 1), (7, 2.5), seed=3, order=order, epochs=3)
+    two.load_state_dict(state)
+    assert one.draw(after) == two.draw(after)
+
+
+@pytest.mark.parametrize(
+    ("other", "found"),
+    [({"seed": 1}, "seed 0 but this mixture has 1"), ({"order": "epoch"}, "order infinite"), ({}, r"lengths \[5\] .* \[6\]")],
+)
+def test_a_state_of_another_mixture_is_refused(other, found):
+    state = mixture((5, 1)).state_dict()
+    with pytest.raises(CheckpointError, match=found):
+        mixture((5 if other else 6, 1), **other).load_state_dict(state)
+
+
+def test_weights_of_the_loss_multiply():
+    drawn = Mixture([WeightedSource(Numbers("n", 3), loss_weight=0.25)], seed=0)
+    assert drawn.example(drawn.draw(1)[0]).weight == 0.5
+
+
+@pytest.mark.parametrize(
+    ("entries", "found"), [([], "0 sources"), ([(0, 1)], "0 examples"), ([(3, 0)], "weight 0 but"), ([(3, -1)], "weight -1")]
+)
+def test_impossible_mixtures_are_refused(entries, found):
+    with pytest.raises(ConfigError, match=found):
+        mixture(*entries)
