@@ -23,10 +23,11 @@ EXIT_REFUSED = 2
 """Exit code when the input was refused: the same as for a wrong option."""
 
 
-def _show_version(wanted: bool) -> None:
+def _show_version(wanted: bool) -> bool:
     if wanted:
         typer.echo(f"metamorph {metamorph.__version__}")
         raise typer.Exit
+    return wanted
 
 
 def build_app() -> typer.Typer:
