@@ -224,8 +224,9 @@ class MetaMorphPipeline:
         for start in range(0, len(drawn) if self.decoder is not None else 0, DECODER_BATCH):
             tokens, seeds = zip(*drawn[start : start + DECODER_BATCH], strict=True)
             assert self.decoder is not None
-            output = self.decoder(torch.stack(tokens), seeds=list(seeds), num_inference_steps=steps, guidance_scale=guidance_scale)
-            images += output.images
+            drawing = self.decoder(torch.stack(tokens), num_inference_steps=steps, guidance_scale=guidance_scale, seeds=list(seeds))
+            assert isinstance(drawing, list)  # PIL, as `output_type` is by default
+            images += drawing
         return images
 
 

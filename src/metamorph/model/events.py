@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol, TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from metamorph.messages import ImagePart, Message, Part, TextPart
 from metamorph.model.state import FinishReason, Vocabulary
@@ -89,14 +90,6 @@ class Answer:
         return tuple(part.visual_tokens for part in self.message.images if part.visual_tokens is not None)
 
 
-class Decodes(Protocol):
-    """The side of a tokenizer that detokenization needs."""
-
-    def decode(self, token_ids: Sequence[int], **kwargs: object) -> str:
-        """Text of some ids."""
-        ...
-
-
 class Detokenizer:
     """Turns ids into text piece by piece, holding back bytes that do not yet make a character.
 
@@ -104,7 +97,7 @@ class Detokenizer:
     between two decodings that begin at the same earlier id.
     """
 
-    def __init__(self, tokenizer: Decodes) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._tokenizer = tokenizer
         self._ids: list[int] = []
         self._start = 0  # both decodings begin here
@@ -126,13 +119,15 @@ class Detokenizer:
         return rest
 
     def _decode(self, start: int, stop: int) -> str:
-        return self._tokenizer.decode(self._ids[start:stop], skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        text = self._tokenizer.decode(self._ids[start:stop], skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        assert isinstance(text, str)  # one list of ids, one string
+        return text
 
 
 class EventWriter:
     """Writes one row's events from what its steps emitted. Keep one for each answer."""
 
-    def __init__(self, tokenizer: Decodes, vocabulary: Vocabulary) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, vocabulary: Vocabulary) -> None:
         self._text = Detokenizer(tokenizer)
         self._vocabulary = vocabulary
         self._ids: list[int] = []

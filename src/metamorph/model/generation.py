@@ -15,18 +15,18 @@ from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 from transformers import DynamicCache
 
 from metamorph.batch import IGNORE_INDEX, Batch, TokenSequence
 from metamorph.errors import ConfigError, ContextLengthError
 from metamorph.model.events import Answer, Event, EventWriter
+from metamorph.model.modeling import MetaMorph, place_visual_tokens
 from metamorph.model.sampling import choose_tokens
 from metamorph.model.state import DecodingOptions, FinishReason, GenerationState, Slot, Vocabulary, drop_finished, fork_cache, join
 
 if TYPE_CHECKING:
-    from metamorph.model.modeling import MetaMorph
     from metamorph.model.processing import MetaMorphProcessor
 
 MAX_ROWS = 32
@@ -108,16 +108,13 @@ def prefill(
         _check_room(prompt, slot, vocabulary)
         slots.append(slot)
     batch = left_pad(prompts).to(model.device)
+    tokens = model.gather_visual_tokens(batch.pixel_values, batch.visual_tokens, batch.from_pixels)
+    embeddings = model.get_input_embeddings()(batch.input_ids)
+    if tokens is not None:
+        embeddings = place_visual_tokens(embeddings, model.project(tokens).to(embeddings.dtype), batch.is_visual)
     cache = DynamicCache()  # without a config: every layer keeps all positions, so that rows may join; sliding windows are masked
-    inputs = batch.model_inputs() | {"labels": None, "visual_targets": None}
-    output = model(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=1)
-    return GenerationState(
-        slots=tuple(slots),
-        vocabulary=vocabulary,
-        hidden=output.last_hidden_state[:, -1],
-        attention_mask=batch.attention_mask,
-        cache=cache,
-    )
+    hidden = _run_decoder(model, embeddings, batch.attention_mask, batch.position_ids, cache)
+    return GenerationState(slots=tuple(slots), vocabulary=vocabulary, hidden=hidden, attention_mask=batch.attention_mask, cache=cache)
 
 
 @torch.no_grad()
@@ -260,14 +257,22 @@ def _advance(model: MetaMorph, state: GenerationState, inputs: Float[Tensor, "b 
     """Feed one embedding per row to the LLM: the next hidden states, and a cache one column longer."""
     mask = torch.cat([state.attention_mask, state.attention_mask.new_ones(len(state), 1)], dim=1)
     cache = fork_cache(state.cache)
+    hidden = _run_decoder(model, inputs[:, None], mask, torch.tensor(positions, device=inputs.device)[:, None], cache)
+    return replace(state, hidden=hidden, attention_mask=mask, cache=cache)
+
+
+def _run_decoder(
+    model: MetaMorph,
+    embeddings: Float[Tensor, "b new d"],
+    attention_mask: Bool[Tensor, "b t"],
+    position_ids: Int64[Tensor, "b new"],
+    cache: DynamicCache,
+) -> Float[Tensor, "b d"]:
+    """The last state of each row after new positions, which are appended to the cache; the mask covers the cached ones too."""
     output = model.get_decoder()(
-        inputs_embeds=inputs[:, None],
-        attention_mask=mask,
-        position_ids=torch.tensor(positions, device=inputs.device)[:, None],
-        past_key_values=cache,
-        use_cache=True,
+        inputs_embeds=embeddings, attention_mask=attention_mask, position_ids=position_ids, past_key_values=cache, use_cache=True
     )
-    return replace(state, hidden=output.last_hidden_state[:, -1], attention_mask=mask, cache=cache)
+    return output.last_hidden_state[:, -1]
 
 
 def _check_room(prompt: TokenSequence, slot: Slot, vocabulary: Vocabulary) -> None:
