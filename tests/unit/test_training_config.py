@@ -27,7 +27,7 @@ def test_an_unknown_field_is_refused_with_the_nearest_name():
 
 
 @pytest.mark.parametrize(
-    "values", [{"steps": 0}, {"steps": "many"}, {"steps": 1, "schedule": "cosin"}, {"steps": 1, "learning_rate": -1.0}, {}]
+    "values", [{"steps": -1}, {"steps": "many"}, {"steps": 1, "schedule": "cosin"}, {"steps": 1, "learning_rate": -1.0}]
 )
 def test_a_value_that_does_not_fit_is_refused_with_its_place(values):
     with pytest.raises(ConfigError, match=r"TrainingConfig\.(steps|schedule|learning_rate)"):

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from metamorph.batch import Batch
 from metamorph.data.collate import pack, pad
-from metamorph.data.mixture import ExampleSource, Mixture, WeightedSource
+from metamorph.data.mixture import ExampleSource
 from metamorph.data.stream import BatchStream, ExampleEncoder
 from metamorph.errors import CheckpointError, ConfigError
 from metamorph.losses import LossTerm
@@ -60,9 +60,8 @@ def build_stream(
     if cache is not None and data.workers:
         raise ConfigError(f"workers={data.workers} with an encoder cache but it lives in one process (data). Set workers=0.")
     encode: Callable[..., Any] = ExampleEncoder(processor, data.max_length)
-    sources = [WeightedSource(load_source(source), source.weight, source.loss_weight) for source in data.sources]
     return BatchStream(
-        Mixture(sources, seed=training.seed, order=data.order),
+        mixture,
         CachingEncode(encode, cache) if cache is not None else encode,
         batch_size=training.batch_size,
         collate=partial(pack, max_length=data.max_length) if data.pack else pad,
@@ -94,22 +93,24 @@ def build_decoder(config: DecoderConfig) -> tuple[DecoderModel, MetaMorph]:
     Raises:
         CheckpointError: one of them is not there.
     """
-    from metamorph.decoder import DecoderModel, Objective, from_base
-    from metamorph.decoder.library import AutoencoderKL, DiffusionPipeline, UNet2DConditionModel
+    from metamorph.decoder import DecoderModel, Objective, from_base, from_stable_diffusion
+    from metamorph.decoder.library import UNet2DConditionModel
     from metamorph.model.conversion import load
 
     model, _ = load(config.encoder)
-    base = Path(config.base)
-    try:
-        unet = UNet2DConditionModel.from_pretrained(config.base, subfolder="unet", use_safetensors=True)
-        scheduler = _load_scheduler(config.base)
-        has_vae = (base / "vae").is_dir() or (not base.is_dir() and "vae" in DiffusionPipeline.load_config(config.base))
-        vae = AutoencoderKL.from_pretrained(config.base, subfolder="vae", use_safetensors=True) if has_vae else None
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{error} but unet/ and scheduler/ were expected ({config.base}). Give the base of a decoder.") from error
-    start = DecoderModel(unet, scheduler, vae=vae)
     sizes = {"visual_width": model.config.vision_config.hidden_size, "num_visual_tokens": model.config.num_visual_tokens}
-    return from_base(start, **sizes, **config.conditioner, objective=Objective(**config.objective)), model.eval()
+    objective = Objective(**config.objective)
+    try:
+        if config.latent:
+            decoder = from_stable_diffusion(config.base, **sizes, **config.conditioner)
+            decoder.objective = objective
+        else:
+            unet = UNet2DConditionModel.from_pretrained(config.base, subfolder="unet", use_safetensors=True)
+            base = DecoderModel(unet, _load_scheduler(config.base))
+            decoder = from_base(base, **sizes, **config.conditioner, objective=objective)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{error} but a saved diffusion model was expected ({config.base}). Give the base of a decoder.") from error
+    return decoder, model.eval()
 
 
 def build_decoder_stream(config: DecoderConfig, training: TrainingConfig, encoder: MetaMorph) -> DecoderStream:

@@ -53,8 +53,8 @@ class Section(BaseModel):
 class TrainingConfig(Section):
     """How weights change: the settings of one call of `train`."""
 
-    steps: int = Field(ge=1)
-    """Optimizer steps."""
+    steps: int = Field(default=0, ge=0)
+    """Optimizer steps; 0 = as many as the stage's data gives (order: epoch)."""
     batch_size: int = Field(default=32, ge=1)
     """Sequences per step over all processes; used by whoever builds the stream."""
     micro_batch_size: int | None = Field(default=None, ge=1)
@@ -134,7 +134,8 @@ class DataConfig(Section):
 
     sources: tuple[SourceConfig, ...] = Field(min_length=1)
     order: Literal["infinite", "epoch"] = "infinite"
-    """Draw without end by weight, or all sources concatenated and shuffled."""
+    """Draw without end by weight, or all sources concatenated and shuffled, `epochs` times."""
+    epochs: int = Field(default=1, ge=1)
     max_length: int = Field(default=4096, ge=2)
     """Longest sequence, and the length of a packed row; a longer conversation is refused."""
     pack: bool = False
@@ -168,7 +169,9 @@ class DecoderConfig(Section):
     encoder: str
     """A saved MetaMorph, whose visual tokens are the condition."""
     base: str
-    """A saved denoiser to start from, laid out as Stable Diffusion: unet/, scheduler/ and, in latent space, vae/."""
+    """A saved denoiser to start from: unet/ and scheduler/."""
+    latent: bool = False
+    """The base is laid out as Stable Diffusion, with a VAE, and reads 77 context positions."""
     batches: SourceConfig
     """A function of (encode, size, seed, **kwargs) that returns a function from the step's number to its DecoderBatch."""
     conditioner: dict[str, Any] = {}
@@ -198,6 +201,10 @@ class RunConfig(Section):
             raise ValueError("both or neither of model and decoder given but a run trains exactly one of them")
         if self.model is not None and self.data is None and any(stage.data is None for stage in self.stages):
             raise ValueError("no data given but a stage needs some: set data for the run or for each stage")
+        for stage in self.stages:
+            data = stage.data or self.data
+            if not stage.training.steps and (data is None or data.order != "epoch"):
+                raise ValueError(f"0 steps in stage {stage.name!r} but only data in epochs says how many there are: set steps")
         names = [stage.name for stage in self.stages]
         if len(set(names)) != len(names):
             raise ValueError(f"stages named {names} but each needs a name of its own")

@@ -89,11 +89,14 @@ def train(
         replicate: frozen modules that every process keeps whole: those that not every batch runs, such as a vision encoder.
 
     Raises:
+        ConfigError: nothing to train, no steps, or a device that is missing.
         NonFiniteLossError: with step and record ids; the weights are those before the step.
         AlignmentError: the number of targets of a loss is not the batch's.
         CheckpointError: there are checkpoints but `resume` is off, or they do not fit.
         TrainingError: the stream ends before the last step.
     """
+    if config.steps < 1:
+        raise ConfigError(f"{config.steps} steps but at least 1 is needed ({stage}). Set steps.")
     device = pick_device(config.device)
     with processes(device):
         loop = _Loop.open(step, model, stream, config, Path(run_dir), stage, device, tracker, companions or {}, resume, start, replicate)

@@ -26,7 +26,16 @@ from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
 from metamorph.errors import ConfigError
-from metamorph.training.assembly import build_cache, build_decoder, build_decoder_stream, build_model, build_stream, vpit_step
+from metamorph.training.assembly import (
+    build_cache,
+    build_decoder,
+    build_decoder_stream,
+    build_mixture,
+    build_model,
+    build_stream,
+    resolve_steps,
+    vpit_step,
+)
 from metamorph.training.config import RunConfig, StageConfig
 from metamorph.training.device import pick_device, processes, rank, world_size
 from metamorph.training.loop import TrainResult, train
@@ -93,17 +102,19 @@ def _run_model(config, results, train_stage, evaluators, on_stage, tracker) -> N
             on_stage("start", model.eval(), processor)
         select_trainable(model, stage.train, stage.freeze)
         data = stage.data or config.data
-        stream = build_stream(data, stage.training, processor, build_cache(data, model))
+        mixture = build_mixture(data, stage.training.seed)
+        training = resolve_steps(stage.training, mixture)
+        stream = build_stream(data, training, mixture, processor, build_cache(data, model))
         bound = {name: partial(_evaluate, evaluator, processor) for name, evaluator in evaluators.items()}
         try:
             result = train_stage(
                 vpit_step,
                 model,
                 stream,
-                stage.training,
+                training,
                 stage=stage.name,
                 evaluators=bound,
-                tracker=tracker(stage) if tracker else None,
+                tracker=tracker(stage.model_copy(update={"training": training})) if tracker else None,
                 start=start,
                 replicate=("vision_encoder",),
             )
