@@ -361,8 +361,21 @@ class TestPipeline:
             pipeline.save_pretrained(tmp_path, safe_serialization=False)
         with pytest.raises(ConfigError, match="pickle is never loaded"):
             VisualDecoderPipeline.from_pretrained(tmp_path, use_safetensors=False)
+
+    def test_a_base_is_saved_and_draws_from_context(self, tmp_path):
+        base = VisualDecoderPipeline.from_model(DecoderModel(tiny_unet(), build_scheduler("flow")).eval())
+        base.save_pretrained(tmp_path)
+        loaded = VisualDecoderPipeline.from_pretrained(tmp_path)
+        assert loaded.conditioner is None
+        context, mask = torch.randn(2, 5, CONTEXT), torch.tensor([[True] * 5, [True] * 2 + [False] * 3])
+        drawn = [
+            one(context=context, context_mask=mask, num_inference_steps=2, guidance_scale=2.0, output_type="pt") for one in (base, loaded)
+        ]
+        assert torch.equal(*drawn)
         with pytest.raises(ConfigError, match="no conditioner"):
-            VisualDecoderPipeline.from_model(DecoderModel(tiny_unet(), build_scheduler("flow")))
+            loaded(tiny_batch().tokens)
+        with pytest.raises(ConfigError, match="exactly one is needed"):
+            loaded()
 
 
 def test_missing_diffusers_is_named_only_when_the_decoder_is_used():

@@ -1,6 +1,7 @@
 """Visual tokens in, pictures out: a diffusers pipeline of conditioner, denoiser, optional VAE and scheduler.
 
-Axes: n images, k visual tokens per image, v vision width, p sample channels, s side of the sample, h and w pixels.
+Axes: n images, k visual tokens per image, v vision width, l context positions, c context width, p sample channels, s side of the sample,
+h and w pixels.
 """
 
 from __future__ import annotations
@@ -12,11 +13,11 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from PIL import Image
 from torch import Tensor, nn
 
-from metamorph.decoder.conditioning import Condition, VisualConditioner
+from metamorph.decoder.conditioning import Condition, VisualConditioner, given_context
 from metamorph.decoder.denoiser import SampleSpace
 from metamorph.decoder.library import AutoencoderKL, DiffusionPipeline, FlowMatchEulerDiscreteScheduler, Scheduler, UNet2DConditionModel
 from metamorph.decoder.objective import DecoderModel, check_parts, denoise
@@ -24,14 +25,17 @@ from metamorph.errors import AlignmentError, ConfigError
 
 
 class VisualDecoderPipeline(DiffusionPipeline):
-    """Draws the images that visual tokens stand for. Saved as safetensors only; loaded in float32 unless told otherwise."""
+    """Draws the images that visual tokens stand for. Saved as safetensors only; loaded in float32 unless told otherwise.
+
+    Without a conditioner it is a text-conditioned base, which draws from a `context` instead.
+    """
 
     model_cpu_offload_seq = "conditioner->unet->vae"
-    _optional_components: ClassVar[list[str]] = ["vae"]
+    _optional_components: ClassVar[list[str]] = ["conditioner", "vae"]
 
     def __init__(
         self,
-        conditioner: VisualConditioner,
+        conditioner: VisualConditioner | None,
         unet: UNet2DConditionModel,
         scheduler: Scheduler,
         vae: AutoencoderKL | None = None,
@@ -43,13 +47,7 @@ class VisualDecoderPipeline(DiffusionPipeline):
 
     @classmethod
     def from_model(cls, model: DecoderModel) -> VisualDecoderPipeline:
-        """The pipeline of a trained model; it shares its weights.
-
-        Raises:
-            ConfigError: the model is a base without a conditioner.
-        """
-        if model.conditioner is None:
-            raise ConfigError("no conditioner but a decoder needs one (a text-conditioned base). Make a decoder of it with `from_base`.")
+        """The pipeline of a model; it shares its weights."""
         return cls(model.conditioner, model.unet, model.scheduler, model.vae)
 
     def save_pretrained(self, save_directory: str | PathLike, *, dtype: torch.dtype | None = None, **kwargs: Any) -> None:
@@ -86,11 +84,14 @@ class VisualDecoderPipeline(DiffusionPipeline):
     @torch.no_grad()
     def __call__(
         self,
-        visual_tokens: Float[Tensor, "n k v"],
+        visual_tokens: Float[Tensor, "n k v"] | None = None,
         num_inference_steps: int = 10,
         guidance_scale: float = 1.0,
         seeds: int | Sequence[int] = 0,
         output_type: Literal["pil", "pt"] = "pil",
+        *,
+        context: Float[Tensor, "n l c"] | None = None,
+        context_mask: Bool[Tensor, "n l"] | None = None,
     ) -> list[Image.Image] | Float[Tensor, "n 3 h w"]:
         """Draw each image, from its tokens and its own seed alone, whatever else is in the batch.
 
@@ -100,20 +101,25 @@ class VisualDecoderPipeline(DiffusionPipeline):
             guidance_scale: 1 = none; above, how far to go from the unconditioned prediction past the conditioned one.
             seeds: one for all images, or one per image; an image's seed decides its initial noise.
             output_type: "pil", or "pt" for a float tensor between 0 and 1.
+            context: what to draw, as a text-conditioned base reads it, instead of visual tokens.
+            context_mask: true where the context is real.
 
         Raises:
             AlignmentError: the number of seeds is not that of images, or the tokens are not the conditioner's.
+            ConfigError: not exactly one of tokens and context, or tokens for a base.
         """
-        if not len(visual_tokens):
+        told = visual_tokens if visual_tokens is not None else context
+        if told is None or (visual_tokens is not None and context is not None):
+            raise ConfigError("neither or both of visual tokens and context but exactly one is needed (VisualDecoderPipeline). Give one.")
+        if not len(told):
             empty = torch.zeros(0, 3, self.image_size, self.image_size)
             return [] if output_type == "pil" else empty
-        seeds = [seeds] * len(visual_tokens) if isinstance(seeds, int) else list(seeds)
-        if len(seeds) != len(visual_tokens):
-            raise AlignmentError(
-                f"{len(seeds)} seeds but {len(visual_tokens)} images (VisualDecoderPipeline). Give one seed, or one per image."
-            )
-        condition = self.conditioner(visual_tokens.to(self.device, self.unet.dtype))
-        sample = self._sample(condition, seeds, num_inference_steps, guidance_scale)
+        seeds = [seeds] * len(told) if isinstance(seeds, int) else list(seeds)
+        if len(seeds) != len(told):
+            raise AlignmentError(f"{len(seeds)} seeds but {len(told)} images (VisualDecoderPipeline). Give one seed, or one per image.")
+        condition = self._condition(told.to(self.device, self.unet.dtype), from_tokens=visual_tokens is not None)
+        mask = None if context_mask is None else context_mask.to(self.device)
+        sample = self._sample(condition, mask, seeds, num_inference_steps, guidance_scale)
         pixels = self.space.decode(sample)
         return pixels if output_type == "pt" else to_images(pixels)
 
@@ -128,10 +134,20 @@ class VisualDecoderPipeline(DiffusionPipeline):
         factor = self.space.patch if self.vae is None else 2 ** (len(self.vae.config["block_out_channels"]) - 1)
         return self.unet.config["sample_size"] * factor
 
-    def _sample(self, condition: Condition, seeds: Sequence[int], num_steps: int, guidance_scale: float) -> Float[Tensor, "n p s s"]:
+    def _condition(self, told: Float[Tensor, "n l c"], from_tokens: bool) -> Condition:
+        if not from_tokens:
+            return given_context(told, check_parts(self.unet, self.conditioner), self.unet.config["sample_size"])
+        if self.conditioner is None:
+            raise ConfigError("visual tokens but no conditioner (a text-conditioned base). Make a decoder of it with `from_base`.")
+        return self.conditioner(told)
+
+    def _sample(
+        self, condition: Condition, mask: Bool[Tensor, "n l"] | None, seeds: Sequence[int], num_steps: int, guidance_scale: float
+    ) -> Float[Tensor, "n p s s"]:
         """Go from noise to samples."""
         guided = guidance_scale != 1.0
         if guided:
+            mask = None if mask is None else torch.cat([mask, mask])
             keep = torch.tensor([True, False], device=self.device).repeat_interleave(len(seeds))
             condition = Condition(*(None if one is None else torch.cat([one, one]) for one in condition)).where(keep)
         # a copy: a scheduler counts its steps, and calls from several threads must not share the count
@@ -145,7 +161,7 @@ class VisualDecoderPipeline(DiffusionPipeline):
             sample = initial_noise(seeds, self.space.shape) * scheduler.init_noise_sigma
         sample = sample.to(self.device, self.unet.dtype).contiguous(memory_format=torch.channels_last)
         for timestep in self.progress_bar(scheduler.timesteps):  # pyright: ignore[reportGeneralTypeIssues]
-            predicted = denoise(self.unet, torch.cat([sample, sample]) if guided else sample, timestep, condition)
+            predicted = denoise(self.unet, torch.cat([sample, sample]) if guided else sample, timestep, condition, mask)
             if guided:
                 told, untold = predicted.chunk(2)
                 predicted = untold + guidance_scale * (told - untold)
