@@ -17,7 +17,15 @@ from torch import Tensor
 
 from metamorph.errors import ComponentError
 from metamorph.microworld.cards import CARD, Card, write_card
-from metamorph.microworld.language import LanguageSize, answers_in_text, build_llama, language_batch, language_step, name_questions, text_perplexity
+from metamorph.microworld.language import (
+    LanguageSize,
+    answers_in_text,
+    build_llama,
+    language_batch,
+    language_step,
+    name_questions,
+    text_perplexity,
+)
 from metamorph.microworld.names import named_looks
 from metamorph.microworld.probes import GATED, run_probes
 from metamorph.microworld.tokenizer import build_tokenizer
@@ -58,7 +66,9 @@ def shipped(name: str) -> Path:
     directory = WEIGHTS / name
     if not (directory / CARD).is_file():
         known = sorted(path.parent.name for path in WEIGHTS.glob(f"*/{CARD}"))
-        raise ComponentError(f"{name!r} but the package holds {', '.join(known) or 'no parts'} ({WEIGHTS}). Name one of those, or build it.")
+        raise ComponentError(
+            f"{name!r} but the package holds {', '.join(known) or 'no parts'} ({WEIGHTS}). Name one of those, or build it."
+        )
     return directory
 
 

@@ -220,26 +220,22 @@ def named_drawing(subject: Subject, samples: int, seed: int) -> Metrics:
 
 
 def puzzle_drawing(subject: Subject, samples: int, seed: int) -> Metrics:
-    """ "Generate an image of {puzzle}": shape, colour and marking of what appears in any cell, by the number of hops."""
+    """Pictures asked for by riddle, by the number of hops: the best match of shape, colour and marking among what is drawn.
+
+    There are only 24 puzzles of each kind: `samples` is not used.
+    """
     by_name = {named.name: named for named in named_looks()}
     metrics: dict[str, Metric] = {}
     for hops in (1, 2):
         chosen = [puzzle for puzzle in puzzles() if puzzle.hops == hops]
         answers = subject.answer([[Message.user(REQUEST.format(puzzle.text))] for puzzle in chosen])
         pictures = subject.decode([last_picture(answer) for answer in answers])
-        readings = [read_many([picture])[0] if picture is not None else None for picture in pictures]
-        scores = [
-            max(
-                (
-                    float(np.mean([a == b for a, b in zip(cell.thing.look, by_name[p.name].look, strict=True)]))
-                    for cell in r.cells
-                    if cell.thing
-                ),
-                default=0.0,
-            )
-            if r is not None
-            else 0.0
-            for p, r in zip(chosen, readings, strict=True)
-        ]
+        scores = [_likeness(picture, by_name[puzzle.name].look) for picture, puzzle in zip(pictures, chosen, strict=True)]
         metrics[f"puzzle_drawing/{hops}_hop"] = mean(scores, seed)
     return metrics
+
+
+def _likeness(picture: Image.Image | None, look: tuple[str, str, str]) -> float:
+    """The share of a look's three attributes that the best object in a picture has."""
+    things = [] if picture is None else [cell.thing for cell in read_many([picture])[0].cells if cell.thing is not None]
+    return max((float(np.mean([a == b for a, b in zip(thing.look, look, strict=True)])) for thing in things), default=0.0)

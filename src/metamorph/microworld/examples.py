@@ -93,6 +93,8 @@ class MicroworldSource:
         return Example(to_messages(row), id=f"{self.split}/{row.kind}/{index}", source=self.name, kind=row.kind)
 
 
-def training_source(kinds: Mapping[str, float] | None = None, size: int = 100_000, seed: int = 0, split: Split = "train") -> MicroworldSource:
+def training_source(
+    kinds: Mapping[str, float] | None = None, size: int = 100_000, seed: int = 0, split: Split = "train"
+) -> MicroworldSource:
     """The source that recipes name: the default mixture unless shares are given."""
     return MicroworldSource(dict(kinds or MIXTURE), size, seed, split)

@@ -57,7 +57,9 @@ def _fit(features: Tensor, labels: Tensor, values: int, hidden: int | None, seed
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         width = features.shape[-1]
-        probe = nn.Linear(width, values) if hidden is None else nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, values))
+        probe = (
+            nn.Linear(width, values) if hidden is None else nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, values))
+        )
     kept = labels != _NO_TARGET
     x, y = features[kept], labels[kept]
     optimizer = torch.optim.AdamW(probe.parameters(), lr=2e-3, weight_decay=1e-2)

@@ -50,7 +50,7 @@ def _referring(scene: Scene, rng: np.random.Generator, hidden: str) -> tuple[Sce
 
 
 def ask_colour(scene: Scene, rng: np.random.Generator) -> Question | None:
-    """ "What colour is the star?" """
+    """Such as: What colour is the star?"""
     found = _referring(scene, rng, "colour")
     if found is None:
         return None
@@ -59,7 +59,7 @@ def ask_colour(scene: Scene, rng: np.random.Generator) -> Question | None:
 
 
 def ask_shape(scene: Scene, rng: np.random.Generator) -> Question | None:
-    """ "What shape is the red object?" """
+    """Such as: What shape is the red object?"""
     found = _referring(scene, rng, "shape")
     if found is None or found[0].is_glyph:
         return None
@@ -68,7 +68,7 @@ def ask_shape(scene: Scene, rng: np.random.Generator) -> Question | None:
 
 
 def ask_size(scene: Scene, rng: np.random.Generator) -> Question | None:
-    """ "Is the star large or small?" """
+    """Such as: Is the star large or small?"""
     found = _referring(scene, rng, "size")
     if found is None or found[0].size not in SIZES:
         return None
@@ -77,7 +77,7 @@ def ask_size(scene: Scene, rng: np.random.Generator) -> Question | None:
 
 
 def ask_marking(scene: Scene, rng: np.random.Generator) -> Question | None:
-    """ "How is the star marked?" """
+    """Such as: How is the star marked?"""
     found = _referring(scene, rng, "marking")
     if found is None or found[0].is_glyph or found[0].size == TINY:
         return None
@@ -87,7 +87,7 @@ def ask_marking(scene: Scene, rng: np.random.Generator) -> Question | None:
 
 
 def ask_place(scene: Scene, rng: np.random.Generator) -> Question | None:
-    """ "Where is the red star?" """
+    """Such as: Where is the red star?"""
     found = _referring(scene, rng, "cell")
     if found is None:
         return None
@@ -96,7 +96,7 @@ def ask_place(scene: Scene, rng: np.random.Generator) -> Question | None:
 
 
 def ask_count(scene: Scene, rng: np.random.Generator) -> Question | None:
-    """ "How many objects are there?", "How many red objects are there?" """
+    """Such as: How many objects are there? How many red objects are there?"""
     if rng.random() < 0.5:
         wording = ("How many objects are there?", "How many objects do you see?")
         return Question(choose(rng, wording), NUMBERS[len(scene.objects)], "count")
@@ -107,7 +107,7 @@ def ask_count(scene: Scene, rng: np.random.Generator) -> Question | None:
 
 
 def ask_existence(scene: Scene, rng: np.random.Generator) -> Question | None:
-    """ "Is there a red star?", half of the time with yes as the answer, else with one attribute changed."""
+    """Such as: Is there a red star? Half of the time with yes as the answer, else with one attribute changed."""
     thing = choose(rng, scene.objects)
     if thing.is_glyph:
         return None
@@ -132,7 +132,7 @@ def _relations(first: SceneObject, second: SceneObject) -> dict[str, bool]:
 
 
 def ask_relation(scene: Scene, rng: np.random.Generator) -> Question | None:
-    """ "Is the star left of the circle?" """
+    """Such as: Is the star left of the circle?"""
     if len(scene.objects) < 2:
         return None
     first, second = (scene.objects[i] for i in rng.permutation(len(scene.objects))[:2])
@@ -145,13 +145,13 @@ def ask_relation(scene: Scene, rng: np.random.Generator) -> Question | None:
 
 
 def ask_background(scene: Scene, rng: np.random.Generator) -> Question | None:
-    """ "What is the background?" """
+    """Such as: What is the background?"""
     wording = ("What is the background?", "On what do the objects stand?", f"Is this on {', '.join(BACKGROUNDS[:3])} or {BACKGROUNDS[3]}?")
     return Question(choose(rng, wording), scene.background, "background")
 
 
 def ask_glyph(scene: Scene, rng: np.random.Generator) -> Question | None:
-    """ "Which letter is in the picture?" """
+    """Such as: Which letter is in the picture?"""
     glyphs = [thing for thing in scene.objects if thing.is_glyph]
     if len(glyphs) != 1:
         return None
@@ -160,7 +160,7 @@ def ask_glyph(scene: Scene, rng: np.random.Generator) -> Question | None:
 
 
 def ask_fine_detail(scene: Scene, rng: np.random.Generator) -> Question | None:
-    """ "What shape is the tiny object?" """
+    """Such as: What shape is the tiny object?"""
     tiny = [thing for thing in scene.objects if thing.size == TINY]
     if len(tiny) != 1:
         return None

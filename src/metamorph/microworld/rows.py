@@ -82,27 +82,31 @@ def ask(scene: Scene, rng: np.random.Generator, split: Split, types: tuple[str, 
     return question if question is not None and _fact_may_be_asked(question, split) else None
 
 
+def _scene_to_ask_about(rng: np.random.Generator, split: Split, types: tuple[str, ...] | None) -> tuple[Scene, tuple[str, ...]]:
+    """A picture, and the types of question that suit it: some hold named things, glyphs or tiny objects."""
+    pick = rng.random()
+    if types in (("named",), ("fact",)) or (types is None and pick < 0.3):
+        named = choose(rng, in_group("asked") + in_group("both"))
+        return sample_named_scene(rng, named, SceneRules(split)), types or (*("named",) * 5, "fact", *SCORED)
+    glyph = types == ("glyph",) or (types is None and pick < 0.38)
+    tiny = types == ("fine_detail",) or (types is None and pick > 0.92)
+    scene = sample_scene(rng, SceneRules(split, glyph_rate=0.5 * glyph, tiny_rate=0.5 * tiny))
+    return scene, types or (*SCORED, *(("glyph",) * 4 if glyph else ()), *(("fine_detail",) * 4 if tiny else ()))
+
+
 def image_qa(rng: np.random.Generator, split: Split, types: tuple[str, ...] | None = None, turns: int | None = None) -> Row:
     """An image, and one to three questions about it with short answers."""
-    while True:
-        pick = rng.random()
-        if types in (("named",), ("fact",)) or (types is None and pick < 0.25):
-            named = choose(rng, in_group("asked") + in_group("both"))
-            scene, pool = sample_named_scene(rng, named, SceneRules(split)), types or ("named", "named", "fact", *SCORED)
-        else:
-            glyph, tiny = (float(types == (name,) or (types is None and hit)) for name, hit in (("glyph", pick < 0.33), ("fine_detail", pick > 0.92)))
-            scene = sample_scene(rng, SceneRules(split, glyph_rate=0.5 * glyph, tiny_rate=0.5 * tiny))
-            pool = types or (*SCORED, *(["glyph"] * 4 if glyph else []), *(["fine_detail"] * 4 if tiny else []))
+    asked: list[Question] = []
+    while not asked:
+        scene, pool = _scene_to_ask_about(rng, split, types)
         wanted = turns or int(rng.integers(1, 4))
-        asked = [q for q in (ask(scene, rng, split, pool) for _ in range(4 * wanted)) if q is not None]
-        asked = list({question.text: question for question in asked}.values())[:wanted]
-        if not asked:
-            continue
-        said: list[tuple[str, tuple[RowPart, ...]]] = []
-        for index, question in enumerate(asked):
-            shown = (Picture(scene),) if index == 0 else ()
-            said += [("user", (*shown, question.text)), ("assistant", (question.answer,))]
-        return Row("image_qa", tuple(said), asked[0].type)
+        found = [question for question in (ask(scene, rng, split, pool) for _ in range(4 * wanted)) if question is not None]
+        asked = list({question.text: question for question in found}.values())[:wanted]
+    said: list[tuple[str, tuple[RowPart, ...]]] = []
+    for index, question in enumerate(asked):
+        shown = (Picture(scene),) if index == 0 else ()
+        said += [("user", (*shown, question.text)), ("assistant", (question.answer,))]
+    return Row("image_qa", tuple(said), asked[0].type)
 
 
 def generation(rng: np.random.Generator, split: Split) -> Row:

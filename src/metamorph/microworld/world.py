@@ -170,7 +170,7 @@ def place_of(thing: SceneObject) -> str:
 
 
 def join_words(items: Sequence[str]) -> str:
-    """ "a", "a and b", "a, b and c"."""
+    """Items as running text: a; a and b; a, b and c."""
     return items[0] if len(items) == 1 else f"{', '.join(items[:-1])} and {items[-1]}"
 
 
