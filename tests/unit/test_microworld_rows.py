@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -101,8 +102,8 @@ def test_the_languages_models_text_holds_every_name() -> None:
 def test_splits_share_no_scene(split: str) -> None:
     for kind in ("image_qa", "generation", "thinking", "edit"):
         for index in range(40):
-            scenes = [picture.scene for picture in make_row(kind, 0, split, index).pictures("user" if kind != "generation" else "assistant")]
-            assert split_of(scenes[0]) == split
+            role = "assistant" if kind == "generation" else "user"
+            assert split_of(make_row(kind, 0, split, index).pictures(role)[0].scene) == split
 
 
 def test_a_row_is_a_function_of_its_number() -> None:
@@ -168,14 +169,15 @@ def test_answers_to_questions_follow_from_the_scene_alone(kind: str) -> None:
 def test_captions_tell_scenes_apart() -> None:
     rng = np.random.default_rng(1)
     scenes = [sample_scene(rng, SceneRules(use="any", split=None, glyph_rate=0.1, tiny_rate=0.1)) for _ in range(400)]
-    assert len({caption(scene) for scene in scenes}) == len({scene.attributes for scene in scenes}) == len({dense_caption(s) for s in scenes})
+    different = len({scene.attributes for scene in scenes})
+    assert len({caption(scene) for scene in scenes}) == len({dense_caption(scene) for scene in scenes}) == different
 
 
 @pytest.mark.parametrize("motion", ["move", "grow", "recolour"])
 def test_in_a_clip_one_object_changes_in_every_frame(motion: str) -> None:
     for index in range(40):
         clip = sample_clip(np.random.default_rng(index), motion, SceneRules())
-        for before, after in zip(clip, clip[1:], strict=False):
+        for before, after in pairwise(clip):
             assert len(set(before.objects) ^ set(after.objects)) == 2
 
 
