@@ -20,7 +20,7 @@ def sd15_decoder() -> RunConfig:
             batches=SourceConfig(
                 source="metamorph.training.images.image_batches",
                 kwargs={
-                    "source": "metamorph.data.readers.JsonlSource",
+                    "source": "metamorph.training.assembly.jsonl_source",
                     "kwargs": {"path": "data/images.jsonl"},
                     "image_size": 512,
                     "encoder_size": 384,

@@ -22,7 +22,7 @@ def metamorph_llama3_1_8b() -> RunConfig:
     def training(batch_size: int) -> TrainingConfig:
         return TrainingConfig(
             batch_size=batch_size,
-            micro_batch_size=1,
+            micro_batch_size=1,  # ours, as is the interval of checkpoints: neither changes the result
             learning_rate=paper_learning_rate(batch_size),
             schedule="cosine",
             warmup_ratio=0.03,
@@ -34,7 +34,7 @@ def metamorph_llama3_1_8b() -> RunConfig:
         )
 
     def one_epoch(path: str) -> DataConfig:
-        source = SourceConfig(source="metamorph.data.readers.JsonlSource", kwargs={"path": path})
+        source = SourceConfig(source="metamorph.training.assembly.jsonl_source", kwargs={"path": path})
         return DataConfig(sources=(source,), order="epoch", max_length=4096)
 
     projector, vpit = paper_stages(training(768), training(1536))

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from metamorph.batch import Batch
 from metamorph.data.collate import pack, pad
 from metamorph.data.mixture import ExampleSource
+from metamorph.data.readers import JsonlSource
 from metamorph.data.stream import BatchStream, ExampleEncoder
 from metamorph.errors import CheckpointError, ConfigError
 from metamorph.losses import LossTerm
@@ -130,6 +131,15 @@ def build_decoder_stream(config: DecoderConfig, training: TrainingConfig, encode
     parts = share // micro
     makers = [call(seed=(training.seed * world_size() + rank()) * parts + part) for part in range(parts)]
     return DecoderStream(lambda step: [make(step) for make in makers])
+
+
+def jsonl_source(path: str, root: str | None = None, name: str = "") -> ExampleSource:
+    """A file of records, for settings: images are relative to `root`, by default the file's folder.
+
+    Raises:
+        RecordError: there is no such file.
+    """
+    return JsonlSource(Path(path), root=None if root is None else Path(root), name=name)
 
 
 def load_source(config: SourceConfig) -> ExampleSource:
