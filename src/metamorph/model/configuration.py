@@ -24,7 +24,7 @@ class MetaMorphConfig(PretrainedConfig):
     """
 
     model_type = "metamorph"
-    sub_configs: ClassVar = {"text_config": AutoConfig, "vision_config": AutoConfig}  # pyright: ignore[reportIncompatibleVariableOverride]
+    sub_configs: ClassVar = {"text_config": AutoConfig, "vision_config": AutoConfig}  # pyright: ignore[reportAssignmentType]
 
     keys_to_ignore_at_inference: ClassVar = ["past_key_values", "last_hidden_state", "terms", "text_loss", "visual_loss"]
 

@@ -14,7 +14,7 @@ is cut out and tokenized with special tokens switched off: it stays text.
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import groupby, pairwise
 
 import jinja2
 from transformers import PreTrainedTokenizerBase
@@ -41,6 +41,23 @@ class RenderedConversation:
 
 
 @dataclass(frozen=True)
+class SpecialTokens:
+    """What must be known of a tokenizer, gathered once."""
+
+    ids: frozenset[int]
+    pattern: re.Pattern[str]  # any of them, the longest first
+    writes_prefix_space: bool  # a space stands before every text, even one that continues another
+
+    @classmethod
+    def of(cls, tokenizer: PreTrainedTokenizerBase) -> "SpecialTokens":
+        """Read them off a tokenizer."""
+        special = {number: token.content for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+        contents = sorted(special.values(), key=len, reverse=True)
+        first = tokenizer.convert_ids_to_tokens(tokenizer("a", add_special_tokens=False)["input_ids"])[:1]
+        return cls(frozenset(special), re.compile("|".join(map(re.escape, contents)) or r"(?!)"), bool(first) and first[0][0] in "▁Ġ ")
+
+
+@dataclass(frozen=True)
 class TokenizedText:
     """Ids and the first character of each."""
 
@@ -49,7 +66,13 @@ class TokenizedText:
 
 
 def render(
-    tokenizer: PreTrainedTokenizerBase, template: str, messages: Sequence[Message], add_generation_prompt: bool, place: str
+    tokenizer: PreTrainedTokenizerBase,
+    template: str,
+    messages: Sequence[Message],
+    special: SpecialTokens,
+    *,
+    add_generation_prompt: bool,
+    place: str,
 ) -> RenderedConversation:
     """Write a conversation with a chat template.
 
@@ -72,24 +95,24 @@ def render(
     for turn in answers:
         own = [mark.span() for mark, (owner, _) in zip(marks, parts, strict=True) if owner == turn]
         start = _answer_start(tokenizer, template, marked, turn, text, blocks, own[0][0], place)
-        targets.append((start, _end_of_turn(tokenizer, text, own[-1][1], blocks, place)))
+        targets.append((start, _end_of_turn(special, text, own[-1][1], blocks, place)))
     return _fill_in(text, marks, [part for _, part in parts], targets)
 
 
-def tokenize(tokenizer: PreTrainedTokenizerBase, rendered: RenderedConversation, special_ids: frozenset[int], place: str) -> TokenizedText:
+def tokenize(tokenizer: PreTrainedTokenizerBase, rendered: RenderedConversation, special: SpecialTokens, place: str) -> TokenizedText:
     """Ids of a rendered conversation; what people said never yields a special token.
 
     Raises:
         TemplateError: the tokenizer cannot keep a spelled special token as text.
     """
-    cuts = set() if _writes_prefix_space(tokenizer) else {start for start, _ in rendered.targets}
+    cuts = set() if special.writes_prefix_space else {start for start, _ in rendered.targets}
     whole = _tokenize_segments(tokenizer, rendered.text, cuts, set())
-    spelled = _spelled_specials(whole, rendered, special_ids)
+    spelled = _spelled_specials(whole, rendered, special)
     if not spelled:
         return whole
     cuts |= {edge for span in spelled for edge in span}
     result = _tokenize_segments(tokenizer, rendered.text, cuts, spelled)
-    if left := _spelled_specials(result, rendered, special_ids):
+    if left := _spelled_specials(result, rendered, special):
         words = rendered.text[slice(*min(left))]
         raise TemplateError(f"{words!r} became a special token but text was expected ({place}). Use a tokenizer that can split them.")
     return result
@@ -110,7 +133,7 @@ def _apply(
     except jinja2.TemplateError as error:
         roles = ", ".join(message["role"] for message in marked)
         raise TemplateError(f"{error} but turns {roles} were to be written ({place}). Use roles that the chat template knows.") from error
-    return texts[0], [(start, end) for start, end in blocks[0]] if blocks_known else []
+    return texts[0], [(int(start), int(end)) for start, end in blocks[0]] if blocks_known else []
 
 
 def _answer_start(
@@ -139,11 +162,9 @@ def _answer_start(
     return len(prompt)
 
 
-def _end_of_turn(tokenizer: PreTrainedTokenizerBase, text: str, last: int, blocks: list[Span], place: str) -> int:
+def _end_of_turn(special: SpecialTokens, text: str, last: int, blocks: list[Span], place: str) -> int:
     following = _MARK.search(text, last)
-    specials = sorted((token.content for token in tokenizer.added_tokens_decoder.values() if token.special), key=len, reverse=True)
-    pattern = "|".join(map(re.escape, specials)) or r"(?!)"
-    found = re.compile(pattern).search(text, last, following.start() if following else len(text))
+    found = special.pattern.search(text, last, following.start() if following else len(text))
     if found is None:
         after = text[last : last + 40]
         raise TemplateError(f"{after!r} after an answer but an end-of-turn token was expected ({place}). Mend the template.")
@@ -177,24 +198,25 @@ def _fill_in(text: str, marks: list[re.Match[str]], parts: list[TextPart | Image
 
 
 def _tokenize_segments(tokenizer: PreTrainedTokenizerBase, text: str, cuts: set[int], literal: set[Span]) -> TokenizedText:
+    segments = list(pairwise(sorted({0, len(text)} | cuts)))
     ids, starts = [], []
-    for begin, end in pairwise(sorted({0, len(text)} | cuts)):
-        plain = (begin, end) in literal
+    for plain, group in groupby(segments, key=literal.__contains__):
+        spans = list(group)
         encoded = tokenizer(
-            text[begin:end], add_special_tokens=False, return_offsets_mapping=True, split_special_tokens=plain, verbose=False
+            [text[begin:end] for begin, end in spans],
+            add_special_tokens=False,
+            return_offsets_mapping=True,
+            split_special_tokens=plain,
+            verbose=False,
         )
-        ids += encoded["input_ids"]
+        ids += [token for own in encoded["input_ids"] for token in own]
         # Byte-level tokenizers report a token of spaces as an empty span behind them: keep it inside its segment.
-        starts += [min(begin + start, end - 1) for start, _ in encoded["offset_mapping"]]
+        offsets = zip(spans, encoded["offset_mapping"], strict=True)
+        starts += [min(begin + start, end - 1) for (begin, end), own in offsets for start, _ in own]
     return TokenizedText(ids, starts)
 
 
-def _spelled_specials(tokens: TokenizedText, rendered: RenderedConversation, special_ids: frozenset[int]) -> set[Span]:
+def _spelled_specials(tokens: TokenizedText, rendered: RenderedConversation, special: SpecialTokens) -> set[Span]:
     ends = [*tokens.starts[1:], len(rendered.text)]
-    places = [(start, end) for token, start, end in zip(tokens.ids, tokens.starts, ends, strict=True) if token in special_ids]
+    places = [(start, end) for token, start, end in zip(tokens.ids, tokens.starts, ends, strict=True) if token in special.ids]
     return {span for span in rendered.said if span[0] < span[1] and any(start < span[1] and span[0] < end for start, end in places)}
-
-
-def _writes_prefix_space(tokenizer: PreTrainedTokenizerBase) -> bool:
-    tokens = tokenizer.convert_ids_to_tokens(tokenizer("a", add_special_tokens=False)["input_ids"])
-    return bool(tokens) and tokens[0][0] in "▁Ġ "

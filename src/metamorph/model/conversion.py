@@ -91,10 +91,11 @@ def load_language_model(path: str | Path) -> tuple[PreTrainedTokenizerBase, PreT
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
-        model, report = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, use_safetensors=True, output_loading_info=True)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, use_safetensors=True, output_loading_info=True)
     except (OSError, ValueError, RuntimeError) as error:
         remedy = "Give the directory of a complete checkpoint."
         raise CheckpointError(f"{error} but a causal LM in safetensors was expected ({path}). {remedy}") from error
+    model, report = loaded
     if missing := sorted(report["missing_keys"]):
         raise CheckpointError(
             f"{len(missing)} tensors absent, such as {missing[0]}, but a complete causal LM was expected ({path}). Save it again."
@@ -110,7 +111,7 @@ def add_image_tokens(language_model: PreTrainedModel, tokenizer: PreTrainedToken
     old = len(tokenizer)
     tokens = (IMAGE_TOKEN, IMAGE_START_TOKEN, IMAGE_END_TOKEN)
     tokenizer.add_tokens([AddedToken(token, special=True, normalized=False) for token in tokens], special_tokens=True)
-    ids = {token: tokenizer.convert_tokens_to_ids(token) for token in tokens}
+    ids = dict(zip(tokens, tokenizer.convert_tokens_to_ids(list(tokens)), strict=True))
     rows = language_model.get_input_embeddings().weight.shape[0]
     if max(ids.values()) >= rows:
         language_model.resize_token_embeddings(len(tokenizer), mean_resizing=False)

@@ -48,10 +48,10 @@ class MetaMorph(PreTrainedModel):
     config_class = MetaMorphConfig
     base_model_prefix = "metamorph"
     main_input_name = "input_ids"
-    input_modalities = ("image", "text")
+    input_modalities = ["image", "text"]  # noqa: RUF012  (as transformers declares it)
     supports_gradient_checkpointing = True
     accepts_loss_kwargs = False  # each of the two losses has a denominator of its own: Trainer's single count must not divide them
-    _skip_keys_device_placement = ("past_key_values",)
+    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
@@ -107,7 +107,9 @@ class MetaMorph(PreTrainedModel):
 
     def get_output_embeddings(self) -> nn.Module:
         """The LLM's own text head."""
-        return self.language_model.get_output_embeddings()
+        head = self.language_model.get_output_embeddings()
+        assert head is not None, "a causal LM has a text head"
+        return head
 
     def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
         """Replace the LLM's text head."""
@@ -275,8 +277,8 @@ class MetaMorph(PreTrainedModel):
         places = is_visual.flatten().nonzero().view(tokens.shape[:2])[visual_targets].flatten()
         if not bool(usable.flatten()[places].all()):
             raise AlignmentError(
-                f"{int((~usable.flatten()[places]).sum())} of {len(places)} target visual tokens have nothing before them (MetaMorph.forward). "
-                "Let a target image follow <image_start> in its own document."
+                f"{int((~usable.flatten()[places]).sum())} of {len(places)} target visual tokens have nothing before them "
+                "(MetaMorph.forward). Let a target image follow <image_start> in its own document."
             )
         states = hidden.flatten(0, 1)[places - 1]
         return self.vision_head.loss(states, tokens[visual_targets].flatten(0, 1), None if weights is None else weights.flatten()[places])

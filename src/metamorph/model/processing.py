@@ -20,7 +20,7 @@ from metamorph.errors import AlignmentError, CheckpointError, ContextLengthError
 from metamorph.media import Resample, open_image, preprocess
 from metamorph.messages import ImagePart, Message, validate_messages
 from metamorph.model.configuration import IMAGE_END_TOKEN, IMAGE_START_TOKEN, IMAGE_TOKEN
-from metamorph.model.conversation import render, tokenize
+from metamorph.model.conversation import SpecialTokens, render, tokenize
 
 
 class MetaMorphProcessor(ProcessorMixin):
@@ -55,13 +55,13 @@ class MetaMorphProcessor(ProcessorMixin):
         self.num_visual_tokens = num_visual_tokens
         self.image_size = (image_size[0], image_size[1])
         self.image_mean, self.image_std = tuple(image_mean), tuple(image_std)
-        self.image_resample = image_resample
+        self.image_resample: Resample = image_resample
         self.max_length = max_length
         if not tokenizer.is_fast:
             found = type(tokenizer).__name__
             raise CheckpointError(f"{found} but a fast tokenizer was expected (MetaMorphProcessor). Convert it to tokenizer.json.")
-        special = {token.content: number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
-        if missing := [token for token in (IMAGE_TOKEN, IMAGE_START_TOKEN, IMAGE_END_TOKEN) if token not in special]:
+        self._special = SpecialTokens.of(tokenizer)
+        if missing := [token for token in (IMAGE_TOKEN, IMAGE_START_TOKEN, IMAGE_END_TOKEN) if self._id(token) not in self._special.ids]:
             place = tokenizer.name_or_path or "tokenizer"
             raise CheckpointError(f"no special token {', '.join(missing)} but all 3 were expected ({place}). Use `metamorph init`.")
 
@@ -101,8 +101,9 @@ class MetaMorphProcessor(ProcessorMixin):
         """
         place = id or "messages"
         validate_messages(messages, place)
-        rendered = render(self.tokenizer, self._template(), messages, add_generation_prompt, place)
-        tokens = tokenize(self.tokenizer, rendered, self._special_ids(), place)
+        template = self._template()
+        rendered = render(self.tokenizer, template, messages, self._special, add_generation_prompt=add_generation_prompt, place=place)
+        tokens = tokenize(self.tokenizer, rendered, self._special, place)
         placeholder, copies = self.image_token_id, [1, self.num_visual_tokens]
         ids, labels = [], []
         for token, start in zip(tokens.ids, tokens.starts, strict=True):
@@ -135,6 +136,7 @@ class MetaMorphProcessor(ProcessorMixin):
 
     def prepare_image(self, image: ImagePart) -> Float[np.ndarray, "3 h w"]:
         """Pixels of an image as the encoder reads them."""
+        assert image.image is not None, "an image part holds pixels or visual tokens"
         return preprocess(open_image(image.image), self.image_size, self.image_mean, self.image_std, self.image_resample)
 
     @classmethod
@@ -160,9 +162,6 @@ class MetaMorphProcessor(ProcessorMixin):
             place = self.tokenizer.name_or_path or "tokenizer"
             raise TemplateError(f"no chat template but one was expected ({place}). Use an instruction-tuned LLM or give chat_template.")
         return self.chat_template
-
-    def _special_ids(self) -> frozenset[int]:
-        return frozenset(number for number, token in self.tokenizer.added_tokens_decoder.items() if token.special)
 
     def _check_length(self, positions: int, images: int, max_length: int | None, place: str) -> None:
         if max_length is not None and positions > max_length:
@@ -215,7 +214,7 @@ def check_template(processor: MetaMorphProcessor) -> int:
     ends = {int(run[-1]) for run in found}
     texts = [processor.decode(run[:-1]) for run in found]
     place = f"probe conversation, chat template of {processor.tokenizer.name_or_path or 'the tokenizer'}"
-    if texts != expected or len(ends) != 1 or not ends <= processor._special_ids():
+    if texts != expected or len(ends) != 1 or not ends <= processor._special.ids:
         shown = [processor.decode(run) for run in found]
         raise TemplateError(
             f"targets {shown} but {[text + '<end of turn>' for text in expected]} were expected ({place}). "
