@@ -1,0 +1,53 @@
+"""`metamorph evaluate`: the table of results of a microworld model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to the app."""
+    app.command("evaluate")(run)
+
+
+def run(
+    model: Annotated[Path | None, typer.Option(help="Directory of a model; by default the shipped one.")] = None,
+    decoder: Annotated[
+        Path | None, typer.Option(help="Directory of a decoder; by default the model's own `decoder`, or the shipped one.")
+    ] = None,
+    llm: Annotated[Path | None, typer.Option(help="The language model before it learnt to see; by default the shipped one.")] = None,
+    samples: Annotated[int | None, typer.Option(min=1, help="Samples of every task; by default at least 500.")] = None,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Where to write the results as JSON.")] = Path("runs/evaluation.json"),
+    seed: Annotated[int, typer.Option(help="Of the samples.")] = 0,
+    device: Annotated[str | None, typer.Option(help="cuda, mps or cpu; by default the first that is there.")] = None,
+) -> None:
+    """Measure a model on the microworld's tasks: print the table, write metrics with intervals, protocol, versions and hashes."""
+    from rich.console import Console
+
+    from metamorph.microworld.components import shipped
+    from metamorph.microworld.measuring import Measured, measure
+    from metamorph.microworld.report import summary_table, verdict
+    from metamorph.reporting.tables import to_rich
+
+    own = model / "decoder" if model is not None else None
+    chosen = Measured(
+        model=model or shipped("metamorph"),
+        decoder=decoder or (own if own is not None and own.is_dir() else shipped("decoder")),
+        llm=llm or shipped("llm"),
+    )
+    console = Console(stderr=True)
+    report = measure(
+        chosen,
+        samples=samples,
+        seed=seed,
+        device=device,
+        output=output,
+        told=lambda line: console.print(line, highlight=False, markup=False),
+    )
+    shown = Console()
+    shown.print(to_rich(summary_table(report, "shipped")))
+    shown.print(verdict(report), markup=False)
+    shown.print(f"Written: {output}", markup=False, highlight=False, soft_wrap=True)
