@@ -32,7 +32,7 @@ Kind = Literal["image_qa", "generation", "video_qa", "frames", "thinking", "edit
 REPLY_TO_REQUEST = "Here is an image based on your request:"
 THINKING_PHRASE = "I will think about it visually."
 THINKING_REQUESTS = ("Think visually.", "Look closely.", "Think about it visually first.")
-REQUESTS = ("Generate an image of {}.", "Draw {}.", "Show me {}.", "Make a picture of {}.")
+REQUESTS = ("Generate an image of {}.", "Generate an image of {}", "Draw {}.", "Show me {}.", "Make a picture of {}.")
 MOTIONS: tuple[Motion, ...] = ("move", "grow", "recolour")
 MOTION_WORDS = {"move": "it moves", "grow": "it grows", "recolour": "it changes colour"}
 
@@ -119,7 +119,7 @@ def generation(rng: np.random.Generator, split: Split) -> Row:
         names = {thing.cell: named.name for thing in scene.objects if thing.look == named.look}
     else:
         scene = sample_scene(rng, rules)
-    partial = 0.3 <= pick < 0.42
+    partial = 0.3 <= pick < 0.45
     text = partial_caption(scene, rng) if partial else caption(scene, rng, names)
     turns: list[tuple[str, tuple[RowPart, ...]]] = [
         ("user", (choose(rng, REQUESTS).format(text),)),

@@ -186,13 +186,17 @@ def caption(scene: Scene, rng: np.random.Generator | None = None, names: dict[in
 
 
 def partial_caption(scene: Scene, rng: np.random.Generator) -> str:
-    """A caption that leaves attributes free; it is true of the scene but does not fix it."""
+    """A caption that leaves attributes free; it is true of the scene but does not fix it.
+
+    Backgrounds are rarely left out unless they are snow: what goes unsaid in this world has a likeliest value, as in ours.
+    """
     parts = []
     for index in rng.permutation(len(scene.objects)):
         thing = scene.objects[index]
         words = describe(thing, size=rng.random() < 0.5, colour=rng.random() < 0.6, marking=thing.marking == "plain" or rng.random() < 0.5)
         parts.append(with_article(words) + (f" {place_of(thing)}" if rng.random() < 0.5 else ""))
-    return join_words(parts) + (f" on {scene.background}" if rng.random() < 0.5 else "")
+    unsaid = rng.random() < (0.8 if scene.background == "snow" else 0.1)
+    return join_words(parts) + ("" if unsaid else f" on {scene.background}")
 
 
 def dense_caption(scene: Scene) -> str:
