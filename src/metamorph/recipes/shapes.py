@@ -1,4 +1,4 @@
-"""The shape of the model that a recipe trains, without its weights: of a directory's config, or one of `configs/`, which need no network."""
+"""The shape of the model that a recipe trains, without its weights: of a directory's config, or those in `configs/`, without a network."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from metamorph.batch import Batch
 from metamorph.data.collate import pack, pad
-from metamorph.data.mixture import ExampleSource
+from metamorph.data.mixture import ExampleSource, Mixture, WeightedSource
 from metamorph.data.readers import JsonlSource
 from metamorph.data.stream import BatchStream, ExampleEncoder
 from metamorph.errors import CheckpointError, ConfigError
@@ -50,13 +50,30 @@ def build_model(config: ModelConfig, seed: int) -> tuple[MetaMorph, MetaMorphPro
     return initialize(config.llm, config.vision, seed=seed, **config.overrides)
 
 
+def build_mixture(data: DataConfig, seed: int) -> Mixture:
+    """The order over the rows of all sources.
+
+    Raises:
+        ConfigError: a source cannot be found or called, or is empty.
+    """
+    sources = [WeightedSource(load_source(source), source.weight, source.loss_weight) for source in data.sources]
+    return Mixture(sources, seed=seed, order=data.order, epochs=data.epochs)
+
+
+def resolve_steps(training: TrainingConfig, mixture: Mixture) -> TrainingConfig:
+    """The settings with the number of steps that the epochs of the data give, where none is set; a last, smaller step included."""
+    if training.steps:
+        return training
+    return training.model_copy(update={"steps": -(-mixture.epochs * mixture.epoch_length // training.batch_size)})
+
+
 def build_stream(
-    data: DataConfig, training: TrainingConfig, processor: MetaMorphProcessor, cache: EncoderCache | None = None
+    data: DataConfig, training: TrainingConfig, mixture: Mixture, processor: MetaMorphProcessor, cache: EncoderCache | None = None
 ) -> BatchStream:
     """This process's share of the mixture's batches.
 
     Raises:
-        ConfigError: a source cannot be found or called, or settings contradict each other.
+        ConfigError: settings contradict each other.
     """
     if cache is not None and data.workers:
         raise ConfigError(f"workers={data.workers} with an encoder cache but it lives in one process (data). Set workers=0.")
