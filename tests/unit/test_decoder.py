@@ -6,6 +6,7 @@ import sys
 import pytest
 import torch
 from PIL import Image
+from torch.distributed.fsdp import fully_shard
 
 from metamorph.decoder import (
     DecoderBatch,
@@ -218,6 +219,22 @@ class TestTraining:
         assert int(other.updates) == 1
         with pytest.raises(ConfigError, match="averages of"):
             other.load_state_dict({"updates": torch.zeros(()), "bias": torch.zeros(1)})
+
+    def test_average_follows_a_model_that_is_sharded_later(self):
+        model = torch.nn.Linear(2, 1, bias=False)
+        before = model.weight.detach().clone()
+        average = WeightAverage(model, decay=0.5)
+        torch.distributed.init_process_group("gloo", rank=0, world_size=1, store=torch.distributed.HashStore())
+        try:
+            fully_shard(model)
+            with torch.no_grad():
+                model.weight += 1
+            average.update(model)
+            torch.testing.assert_close(average.state_dict()["weight"].full_tensor(), before + 1 - 2 / 11)
+            average.copy_to(model)
+            torch.testing.assert_close(model.weight.detach().full_tensor(), before + 1 - 2 / 11)
+        finally:
+            torch.distributed.destroy_process_group()
 
 
 class TestStarts:

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from metamorph.errors import ConfigError
 
@@ -32,7 +33,7 @@ class WeightAverage:
         decay = min(self.decay, (1 + number) / (10 + number))
         for name, value in model.named_parameters():
             if name in self.averages:
-                self.averages[name] = self.averages[name].to(value.device)
+                self.averages[name] = _placed_like(value, self.averages[name])
                 self.averages[name].lerp_(value.detach(), 1 - decay)
 
     @torch.no_grad()
@@ -72,3 +73,11 @@ class WeightAverage:
             )
         for name, value in self.state_dict().items():
             value.copy_(state[name])
+
+
+def _placed_like(weight: Tensor, average: Tensor) -> Tensor:
+    """The average on the weight's device, and sharded over processes as the weight is: the model may have been moved since."""
+    average = average.to(weight.device)
+    if isinstance(weight, DTensor) and not isinstance(average, DTensor):
+        return distribute_tensor(average, weight.device_mesh, weight.placements)
+    return average

