@@ -51,10 +51,10 @@ ENCODER_TRAINING = TrainingConfig(
     betas=(0.9, 0.98), loss_weights={"contrastive": 0.1}, precision="float32", checkpoint_every=200, log_every=25,
 )  # fmt: skip
 BASE_TRAINING = TrainingConfig(
-    steps=800, batch_size=32, learning_rate=1e-3, warmup_ratio=0.05, min_learning_rate_ratio=0.05, weight_decay=0.01,
+    steps=450, batch_size=32, learning_rate=1e-3, warmup_ratio=0.05, min_learning_rate_ratio=0.05, weight_decay=0.01,
     precision="float32", checkpoint_every=200, log_every=25,
 )  # fmt: skip
-DECODER_TRAINING = BASE_TRAINING.model_copy(update={"steps": 2600, "learning_rate": 1.5e-3})
+DECODER_TRAINING = BASE_TRAINING.model_copy(update={"steps": 2000, "learning_rate": 1.5e-3})
 
 
 def shipped(name: str) -> Path:
