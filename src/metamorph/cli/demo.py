@@ -38,7 +38,11 @@ def run(
     config = recipe.with_overrides({"output_dir": str(output_dir), "data.sources.0.kwargs.seed": seed, **seeds})
     if fresh:
         clear(output_dir)
-    outcome = run_demo(Demo(config, decoder, seed), told=lambda line: console.print(line, highlight=False, markup=False))
+    try:
+        outcome = run_demo(Demo(config, decoder, seed), told=lambda line: console.print(line, highlight=False, markup=False))
+    except KeyboardInterrupt:
+        console.print("\nStopped. The same command goes on from the last checkpoint.")
+        raise typer.Exit(130) from None
     shown = Console()
     shown.print(to_rich(summary_table(outcome.report, "demo")))
     shown.print(verdict(outcome.report), markup=False)

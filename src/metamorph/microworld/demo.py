@@ -86,7 +86,12 @@ def run_demo(demo: Demo, *, told: Told | None = None, tracker: Callable[[StageCo
     if resumed:
         tell(f"{directory} holds an earlier run: going on where it stopped.")
     moments = _Moments(demo, Path(config.model.llm), tell)
-    result = run(config, resume=True, on_stage=moments, tracker=tracker)
+    try:
+        result = run(config, resume=True, on_stage=moments, tracker=tracker)
+    except ConfigError as error:
+        if not resumed:
+            raise
+        raise ConfigError(f"{error} Or begin anew: metamorph demo --fresh.") from None
 
     tell("drawing samples for the page")
     began_page = time.perf_counter()

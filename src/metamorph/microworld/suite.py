@@ -44,6 +44,7 @@ _TASKS: tuple[tuple[str, Run, int, int], ...] = (
     ("named_drawing", named_drawing, 50, 500),  # for each of the four groups of names
     ("puzzle_drawing", puzzle_drawing, 48, 48),  # all puzzles that there are
 )
+_BASELINES = ("blind", "chance", "copy_input", "swapped_crop")
 MODEL_FREE = ("reconstruction",)
 """Tasks in which the language model has no part: the same figure at every stage."""
 
@@ -150,11 +151,12 @@ def requirements(metrics: Metrics, level: Level) -> dict[str, dict[str, Any]]:
 
 
 def baselines(metrics: Metrics) -> dict[str, dict[str, float]]:
-    """What each figure is compared with: blind, majority, chance, the copied input, a swapped crop."""
+    """What each figure is compared with, by name: blind, majority, chance, copy_input, swapped_crop."""
     found: dict[str, dict[str, float]] = {}
     for line in LINES:
         if line.baseline in metrics:
-            found[line.key] = {line.compared: metrics[line.baseline].value}
+            name = next(name for name in _BASELINES if name in line.baseline)
+            found[line.key] = {name: metrics[line.baseline].value}
     for key, metric in metrics.items():
         name, _, sort = key.partition("/")
         for words in ("blind", "majority"):
