@@ -8,7 +8,7 @@ import torch
 from safetensors import SafetensorError
 from transformers import GenerationConfig
 
-from metamorph.errors import CheckpointError, MetaMorphError
+from metamorph.errors import CheckpointError
 from metamorph.model.vision_encoder import load_vision_model
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ def load_checkpoint(load: Callable[..., Any], path: str | Path, *args: Any, outp
     kwargs.setdefault("dtype", torch.float32)
     try:
         model, report = load(path, *args, output_loading_info=True, **kwargs)
-    except MetaMorphError:
+    except CheckpointError:
         raise
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise CheckpointError(f"{_first_line(error)} but a MetaMorph checkpoint was expected ({path}). {REMEDY}") from error

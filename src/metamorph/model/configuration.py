@@ -1,7 +1,7 @@
 """The settings saved with a model: two nested Hugging Face configs, what a visual token is, the heads, the losses and the special ids."""
 
 import math
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, no_type_check
 
 from transformers import AutoConfig, PretrainedConfig
 
@@ -16,6 +16,7 @@ IMAGE_START_TOKEN = "<image_start>"
 IMAGE_END_TOKEN = "<image_end>"
 
 
+@no_type_check  # transformers writes this class's __init__, which takes more than the fields; values are checked in `_check`
 class MetaMorphConfig(PretrainedConfig):
     """Any causal LM config and any vision config, and what joins them. Defaults are the paper's.
 

@@ -34,7 +34,7 @@ class MetaMorphOutput(ModelOutput):
     """What `forward` returns; the losses only with labels, the cache only with `use_cache`."""
 
     loss: Float[Tensor, ""] | None = None  # text_loss + visual_loss_weight * visual_loss
-    logits: Float[Tensor, "b t vocab"] | None = None
+    logits: Float[Tensor, "b kept vocab"] | None = None
     text_loss: Float[Tensor, ""] | None = None  # mean over text targets
     visual_loss: Float[Tensor, ""] | None = None  # mean over visual tokens of target images
     last_hidden_state: Float[Tensor, "b t d"] | None = None

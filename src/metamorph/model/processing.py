@@ -6,7 +6,7 @@ Axes: t positions, n images, m images that come as pixels, k visual tokens per i
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, no_type_check
 
 import numpy as np
 import torch
@@ -40,6 +40,7 @@ class MetaMorphProcessor(ProcessorMixin):
         CheckpointError: the tokenizer lacks the special tokens or cannot tell where tokens stand in the text.
     """
 
+    @no_type_check  # transformers reads the names of the arguments off the code object
     def __init__(
         self,
         tokenizer: PreTrainedTokenizerBase,
@@ -61,7 +62,8 @@ class MetaMorphProcessor(ProcessorMixin):
             found = type(tokenizer).__name__
             raise CheckpointError(f"{found} but a fast tokenizer was expected (MetaMorphProcessor). Convert it to tokenizer.json.")
         self._special = SpecialTokens.of(tokenizer)
-        if missing := [token for token in (IMAGE_TOKEN, IMAGE_START_TOKEN, IMAGE_END_TOKEN) if self._id(token) not in self._special.ids]:
+        known = {tokenizer.added_tokens_decoder[number].content for number in self._special.ids}
+        if missing := [token for token in (IMAGE_TOKEN, IMAGE_START_TOKEN, IMAGE_END_TOKEN) if token not in known]:
             place = tokenizer.name_or_path or "tokenizer"
             raise CheckpointError(f"no special token {', '.join(missing)} but all 3 were expected ({place}). Use `metamorph init`.")
 
