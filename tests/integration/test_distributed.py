@@ -35,12 +35,16 @@ def test_two_processes_train_as_one_and_resume(tmp_path):
         assert done.returncode == 0, done.stderr[-3000:]
     for key in ("text_loss", "visual_loss", "loss", "grad_norm"):
         assert losses(tmp_path / "two", key) == pytest.approx(losses(tmp_path / "one", key), rel=2e-4)
-    first = launch(2, tmp_path / "again", steps=8)
-    assert first.returncode == 0, first.stderr[-3000:]
-    shards = list((tmp_path / "again/checkpoints/train/step-00000008").glob("*.safetensors"))
+    died = launch(2, tmp_path / "cut", poison="10")
+    assert died.returncode != 0
+    shards = list((tmp_path / "cut/checkpoints/train/step-00000008").glob("*.safetensors"))
     assert len(shards) == 2
-    alone = launch(1, tmp_path / "again", steps=12, resume="resume")
+    alone = launch(1, tmp_path / "cut", resume="resume")
     assert "written by 2 processes but read by 1" in alone.stderr
+    resumed = launch(2, tmp_path / "cut", resume="resume")
+    assert resumed.returncode == 0, resumed.stderr[-3000:]
+    for key in ("text_loss", "visual_loss", "grad_norm"):
+        assert losses(tmp_path / "cut", key) == losses(tmp_path / "two", key)  # bit for bit
 
 
 def test_a_non_finite_loss_on_one_process_stops_all(tmp_path):

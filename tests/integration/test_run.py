@@ -118,7 +118,7 @@ def test_packing_accumulation_and_cache_leave_the_losses_alone(parts, tmp_path):
 
 def test_epochs_give_the_number_of_steps(parts, tmp_path):
     config = settings(parts, tmp_path, data={"order": "epoch"}).with_overrides(
-        {"stages.0.training.steps": 0, "data.sources.0.kwargs.size": 20}
+        {"stages.0.training.steps": 0, "stages.1.training.steps": 3, "data.sources.0.kwargs.size": 20}
     )
     result = run(config, tracker=quiet)
     assert result.stages["projector"].step == 4  # 20 examples, 6 a step

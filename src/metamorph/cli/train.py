@@ -54,8 +54,11 @@ def train(
         _show_plan(console, config)
         return
 
+    from transformers.utils import logging
+
     from metamorph.training.run import run
 
+    logging.disable_progress_bar()  # the run shows its own progress
     result = run(config, resume=resume)
     if int(os.environ.get("RANK", "0")) == 0:
         console.print(f"saved {result.model_dir} after {result.seconds:,.0f} s", highlight=False, markup=False, soft_wrap=True)

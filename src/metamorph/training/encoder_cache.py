@@ -68,7 +68,7 @@ class EncoderCache:
             if unknown:
                 encoded = self._encode(pixel_values[list(unknown.values())]).float().cpu()
                 for key, tokens in zip(unknown, encoded, strict=True):
-                    found[key] = tokens.clone()
+                    found[key] = tokens.clone(memory_format=torch.contiguous_format)
                     self._store(key, found[key])
         return torch.stack([found[key] for key in keys])
 
