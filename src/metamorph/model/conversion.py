@@ -209,6 +209,8 @@ def _assemble(config: MetaMorphConfig, language_model: PreTrainedModel, encoder:
                 bound = 1 / math.sqrt(layer.in_features)
                 for values in layer.parameters():
                     nn.init.uniform_(values, -bound, bound, generator=generator)
+    if config.normalize_visual_tokens:  # a unit vector of v components is read as loudly as one whose components are about 1
+        model.projector.layers[0].weight.data.mul_(math.sqrt(config.vision_config.hidden_size))
     return model.eval()
 
 
