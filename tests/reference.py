@@ -58,31 +58,22 @@ def reference_generate(model, processor, prompt: TokenSequence, options: Decodin
 
 
 def last_state(model, prompt: TokenSequence, said: list) -> Tensor:
-    """The state "d" after the prompt and all that was said, from embeddings made one by one."""
-    rows, image, pixels, place = [], -1, 0, 0
-    tokens = None
-    for token_id, visual in zip(prompt.input_ids.tolist(), prompt.is_visual.tolist(), strict=True):
-        if not visual:
-            rows.append(embed(model, token_id))
-            tokens = None
-            continue
-        if tokens is None:
-            image, place = image + 1, 0
-            if prompt.from_pixels[image]:
-                tokens = model.encode_images(prompt.pixel_values[pixels : pixels + 1])[0]
-                pixels += 1
-            else:
-                tokens = prompt.visual_tokens[image]
-        rows.append(model.project(tokens[place]))
-        place += 1
-    rows += [embed(model, item) if isinstance(item, int) else model.project(item) for item in said]
-    sequence = torch.stack(rows)[None]
-    mask = torch.ones(sequence.shape[:2], dtype=torch.bool)
-    return model.get_decoder()(inputs_embeds=sequence, attention_mask=mask, use_cache=False).last_hidden_state[0, -1]
-
-
-def embed(model, token_id: int) -> Tensor:
-    return model.get_input_embeddings()(torch.tensor(token_id))
+    """The state "d" after the prompt and all that was said, every image encoded and every position embedded anew."""
+    visual, pixels = [], 0
+    for image, from_pixels in enumerate(prompt.from_pixels.tolist()):
+        if from_pixels:
+            visual += model.encode_images(prompt.pixel_values[pixels : pixels + 1])[0].unbind()
+            pixels += 1
+        else:
+            visual += prompt.visual_tokens[image].unbind()
+    visual += [item for item in said if not isinstance(item, int)]
+    is_visual = torch.tensor(prompt.is_visual.tolist() + [not isinstance(item, int) for item in said])
+    ids = torch.tensor(prompt.input_ids.tolist() + [item if isinstance(item, int) else 0 for item in said])
+    sequence = model.get_input_embeddings()(ids)
+    if visual:
+        sequence[is_visual] = model.project(torch.stack(visual))
+    mask = torch.ones(1, len(sequence), dtype=torch.bool)
+    return model.get_decoder()(inputs_embeds=sequence[None], attention_mask=mask, use_cache=False).last_hidden_state[0, -1]
 
 
 def next_id(

@@ -22,9 +22,9 @@ from metamorph.model.state import DecodingOptions, Slot, Vocabulary, drop_finish
 
 K = 4
 SEEDS = [11, 12, 13, 14, 15]
-GREEDY = DecodingOptions(max_new_tokens=60)
-SAMPLED = DecodingOptions(max_new_tokens=60, temperature=1.0, top_k=60, top_p=0.95, repetition_penalty=1.3)
-FREE_END = DecodingOptions(max_new_tokens=60, temperature=1.0, force_image_end=False, max_images=6)
+GREEDY = DecodingOptions(max_new_tokens=24)
+SAMPLED = DecodingOptions(max_new_tokens=24, temperature=1.0, top_k=60, top_p=0.95, repetition_penalty=1.3)
+FREE_END = DecodingOptions(max_new_tokens=24, temperature=1.0, force_image_end=False, max_images=6)
 
 
 @pytest.fixture(scope="module")
@@ -59,6 +59,11 @@ def prompts(parts):
     return [processor.encode(messages, add_generation_prompt=True, id=f"prompt {i}") for i, messages in enumerate(conversations)]
 
 
+@pytest.fixture(scope="module")
+def sampled(parts, prompts) -> list[Answer]:
+    return generate(*parts, prompts, SAMPLED, seeds=SEEDS)
+
+
 def assert_same(answer: Answer, other, tolerance: float = 1e-4) -> None:
     """Equal ids and reason, visual tokens within the tolerance; the other one may be a twin's answer."""
     images = getattr(other, "images", None)
@@ -79,15 +84,13 @@ def test_batch_equals_the_slow_twin(parts, prompts, options):
     assert any(answer.text for answer in answers)
 
 
-@pytest.mark.parametrize("options", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
-def test_answers_do_not_depend_on_the_batch(parts, prompts, options):
-    together = generate(*parts, prompts, options, seeds=SEEDS)
-    two_at_a_time = generate(*parts, prompts, options, seeds=SEEDS, max_rows=2)
-    turned = generate(*parts, prompts[::-1], options, seeds=SEEDS[::-1])[::-1]
-    for i, prompt in enumerate(prompts):
-        alone = generate(*parts, [prompt], options, seeds=SEEDS[i])[0]
-        for other in (together[i], two_at_a_time[i], turned[i]):
-            assert_same(alone, other)
+def test_answers_do_not_depend_on_the_batch(parts, prompts, sampled):
+    two_at_a_time = generate(*parts, prompts, SAMPLED, seeds=SEEDS, max_rows=2)
+    turned = generate(*parts, prompts[::-1], SAMPLED, seeds=SEEDS[::-1])[::-1]
+    for answer, *others in zip(sampled, two_at_a_time, turned, strict=True):
+        for other in others:
+            assert_same(answer, other)
+    assert_same(sampled[4], generate(*parts, prompts[4:], SAMPLED, seeds=SEEDS[4])[0])
 
 
 def test_each_row_has_its_own_options(parts, prompts):
@@ -116,7 +119,7 @@ def test_rows_write_and_draw_in_the_same_step_and_drawing_rows_skip_the_text_hea
             mixed += 0 < sum(emission.visual_token is not None for emission in said) < len(said)
     finally:
         hook.remove()
-    assert mixed > 5
+    assert mixed > 2
 
 
 def test_a_step_changes_nothing_in_place(parts, prompts):
@@ -134,7 +137,7 @@ def test_a_step_changes_nothing_in_place(parts, prompts):
     assert all(torch.equal(layer.keys, before) for layer, before in zip(state.cache.layers, kept[3], strict=True))
 
 
-def test_rows_join_and_leave_midway(parts, prompts):
+def test_rows_join_and_leave_midway(parts, prompts, sampled):
     model, processor = parts
     vocabulary = vocabulary_of(model, processor)
     writers = [EventWriter(processor.tokenizer, vocabulary) for _ in prompts]
@@ -157,10 +160,9 @@ def test_rows_join_and_leave_midway(parts, prompts):
     state = keep_rows(state, gone)
     while not state.finished:
         state = drop_finished(advance(state, 1)) if not state.finished else state
-    expected = generate(model, processor, prompts, SAMPLED, seeds=SEEDS)
     for key in (0, 1, 2, 4):
-        assert_same(Answer.of(events[key]), expected[key])
-    assert 0 < len(events[3]) < len(expected[3].events)
+        assert_same(Answer.of(events[key]), sampled[key])
+    assert 0 < len(events[3]) < len(sampled[3].events)
 
 
 def test_leaving_frees_the_columns_that_nobody_needs(parts, prompts):
@@ -179,7 +181,7 @@ def test_rows_with_the_same_key_cannot_join(parts, prompts):
         join(state, state)
 
 
-@pytest.mark.parametrize("limit", range(1, 2 * (K + 2) + 2))
+@pytest.mark.parametrize("limit", [1, K + 1, K + 2, 2 * K + 3, 2 * K + 4])
 def test_an_image_is_begun_only_if_it_fits(parts, prompts, limit):
     for options in (DecodingOptions(max_new_tokens=limit), DecodingOptions(max_new_tokens=limit, temperature=1.0, force_image_end=False)):
         for answer in generate(*parts, prompts, options, seeds=SEEDS):
@@ -206,8 +208,8 @@ def test_an_answer_stays_within_the_context(parts):
 def test_what_may_not_be_said_is_not_said(parts, prompts):
     model, processor = parts
     vocabulary = vocabulary_of(model, processor)
-    hot = DecodingOptions(max_new_tokens=60, temperature=100.0)  # nearly uniform: every id that is possible is likely to be tried
-    for answer in generate(model, processor, prompts * 4, hot, seeds=list(range(20))):
+    hot = DecodingOptions(max_new_tokens=24, temperature=100.0)  # nearly uniform: every id that is possible is likely to be tried
+    for answer in generate(model, processor, prompts * 2, hot, seeds=list(range(10))):
         ids = answer.token_ids
         assert vocabulary.image_token_id not in ids
         assert max(ids) < len(processor.tokenizer)
@@ -217,13 +219,13 @@ def test_what_may_not_be_said_is_not_said(parts, prompts):
 
 
 def test_options_restrict_images(parts, prompts):
-    none = generate(*parts, prompts, GREEDY.updated(allow_images=False))
-    zero = generate(*parts, prompts, GREEDY.updated(max_images=0))
-    two = generate(*parts, prompts, SAMPLED.updated(max_images=2, max_new_tokens=120), seeds=SEEDS)
-    assert not any(answer.visual_tokens for answer in none + zero)
-    assert max(len(answer.visual_tokens) for answer in two) == 2
-    for answer in generate(*parts, prompts, SAMPLED.updated(begin_with_image=True), seeds=SEEDS):
-        assert isinstance(answer.events[0], ImageStart)
+    several = [GREEDY.updated(allow_images=False), GREEDY.updated(max_images=0), SAMPLED.updated(max_images=2), SAMPLED]
+    several.append(SAMPLED.updated(begin_with_image=True, max_new_tokens=K + 2))
+    none, zero, two, free, begun = generate(*parts, prompts, [option.updated(temperature=0.0) for option in several])
+    assert not none.visual_tokens + zero.visual_tokens
+    assert len(two.visual_tokens) == 2 < len(free.visual_tokens)
+    assert isinstance(begun.events[0], ImageStart)
+    assert len(begun.visual_tokens) == 1
 
 
 def test_every_end_token_of_the_generation_settings_stops(parts, prompts):
@@ -241,12 +243,11 @@ def test_every_end_token_of_the_generation_settings_stops(parts, prompts):
     assert answer.token_ids == spoken.token_ids[: spoken.token_ids.index(last_text) + 1]
 
 
-def test_events_tell_the_answer_in_order(parts, prompts):
-    answers = generate(*parts, prompts, SAMPLED, seeds=SEEDS)
+def test_events_tell_the_answer_in_order(parts, prompts, sampled):
     told = [[] for _ in prompts]
     for number, event in stream(*parts, prompts, SAMPLED, seeds=SEEDS):
         told[number].append(event)
-    for answer, events in zip(answers, told, strict=True):
+    for answer, events in zip(sampled, told, strict=True):
         assert [type(event) for event in events] == [type(event) for event in answer.events]
         assert isinstance(events[-1], End)
         assert "".join(event.text for event in events if isinstance(event, TextDelta)) == answer.text
@@ -261,7 +262,7 @@ def test_events_tell_the_answer_in_order(parts, prompts):
 def test_a_model_in_training_mode_is_answered_for_and_left_as_it_was(parts, prompts):
     model, processor = parts
     expected = generate(model, processor, prompts[:2], GREEDY)
-    model.gradient_checkpointing_enable()
+    model.activation_checkpointing_enable()
     model.train()
     try:
         answers = generate(model, processor, prompts[:2], GREEDY)
@@ -270,7 +271,7 @@ def test_a_model_in_training_mode_is_answered_for_and_left_as_it_was(parts, prom
             generate(model, processor, [processor.encode([Message.user("x" * 300)], max_length=1000)])
         assert model.training
     finally:
-        model.gradient_checkpointing_disable()
+        model.activation_checkpointing_disable()
         model.eval()
     for answer, other in zip(answers, expected, strict=True):
         assert_same(answer, other)

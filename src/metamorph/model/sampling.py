@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 from transformers.generation.logits_process import (
-    LogitsProcessorList,
+    LogitsProcessor,
     RepetitionPenaltyLogitsProcessor,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
@@ -84,12 +84,15 @@ def _process(
         scores = penalised
     if options.temperature == 0:
         return scores
-    warpers = LogitsProcessorList([TemperatureLogitsWarper(float(options.temperature))])
+    warpers: list[LogitsProcessor] = [TemperatureLogitsWarper(float(options.temperature))]
     if options.top_k is not None:
         warpers.append(TopKLogitsWarper(options.top_k))
     if options.top_p is not None and options.top_p < 1:
         warpers.append(TopPLogitsWarper(float(options.top_p)))
-    return warpers(torch.empty(len(scores), 0, dtype=torch.long, device=scores.device), scores)
+    no_history = torch.empty(len(scores), 0, dtype=torch.long, device=scores.device)  # these three look at scores only
+    for warper in warpers:
+        scores = warper(no_history, scores)
+    return scores
 
 
 def _invert_cumulative(scores: Float[Tensor, "r vocab"], uniforms: Sequence[float]) -> Tensor:
