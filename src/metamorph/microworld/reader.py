@@ -29,8 +29,9 @@ CROP_BLUR = 0.5  # pixels; what enlarging by two (bilinear) and averaging back h
 # Tolerances in levels (0..255), set on the rendered, degraded and spoiled sets of tests/unit/test_reader.py.
 MAX_SHIFT = 14.0  # of the whole picture, per channel
 MAX_BACKGROUND_DISTANCE = 25.0  # median over the borders, after the shift
-MAX_FORM = 30.0  # largest coherent remainder anywhere in a cell
+MAX_FORM = 25.0  # largest coherent remainder anywhere in a cell
 MAX_COLOUR_ERROR = 30.0  # of an object's paint against the palette
+COLOUR_WEIGHTS = (1.0, 2.0, 2.0)  # of the error in luma and chroma: hue counts for more here than where forms are compared
 MIN_MARGIN = 0.04  # the runner-up's remaining energy over the best's, minus 1
 
 State = Literal["empty", "object", "unreadable"]
@@ -104,8 +105,8 @@ def _pixels(image: Picture) -> UInt8[np.ndarray, "64 64 3"]:
     return array
 
 
-def _median(values: np.ndarray) -> np.ndarray:
-    """Lower median along the first axis; several times faster than np.median."""
+def _median(values: Float[np.ndarray, "values columns"]) -> Float[np.ndarray, "columns"]:
+    """Upper median along the first axis; several times faster than np.median."""
     middle = len(values) // 2
     return np.partition(values, middle, axis=0)[middle]
 
@@ -119,11 +120,10 @@ def _match_background(cells: np.ndarray, backdrops: np.ndarray) -> tuple[int, np
     border = _border()
     seen = cells.reshape(len(cells), -1, 3)[:, border].reshape(-1, 3)
     bare = backdrops.reshape(len(backdrops), len(cells), -1, 3)[:, :, border].reshape(len(backdrops), -1, 3)
-    coarse = [float(_median(np.abs(seen - one).max(1))) for one in bare]
-    best = int(np.argmin(coarse))
+    best = int(np.argmin(_median(np.abs(seen - bare).max(-1).T)))
     difference = seen - bare[best]
     shift = _median(difference)
-    return best, shift, float(_median(np.abs(difference - shift).max(1)))
+    return best, shift, float(_median(np.abs(difference - shift).max(1, keepdims=True))[0])
 
 
 def _judge(fits: list[Fit], cell: int) -> CellReading:
@@ -132,11 +132,13 @@ def _judge(fits: list[Fit], cell: int) -> CellReading:
     margin = second.energy / max(best.energy, 1.0) - 1
     error, explained = colour_error(best)
     form = largest_form(best.remainder - explained)
-    off = float(np.sqrt((error**2).sum()))
+    off = float(np.linalg.norm(error * COLOUR_WEIGHTS))
     if off > MAX_COLOUR_ERROR:
         reason = f"a colour {off:.0f} levels off the palette but at most {MAX_COLOUR_ERROR:.0f} is believed"
     elif form > MAX_FORM:
         reason = f"a form {form:.0f} levels off the closest object but at most {MAX_FORM:.0f} is believed"
+    elif best.at_limit:
+        reason = "an object off its place, or between two sizes"
     elif margin < MIN_MARGIN:
         reason = f"{best.thing.attributes[:4]} and {second.thing.attributes[:4]} explain it equally well (margin {margin:.2f})"
     else:

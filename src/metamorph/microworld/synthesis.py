@@ -5,7 +5,7 @@ blur of their own. The blur makes the comparison indifferent to noise, JPEG and 
 to form; chroma is halved because that is all that JPEG keeps of it. Every candidate is ranked at once from masks drawn
 beforehand (two matrix products); the best few are then drawn by `scenes.draw_object` itself.
 
-Axes: c cells, p pixels of a plane, g grid of jitter (27), m masks (coverages of outlines and markings), kinds (120).
+Axes: c cells, p pixels of a plane, g grid of jitter (27), m masks (coverages of outlines and markings), kinds (96).
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from metamorph.microworld.scenes import (
 )
 
 SMOOTHING = 0.7  # pixels; sigma of the blur under which picture and candidate are compared
-CHROMA_SMOOTHING = 0.8  # half pixels
+CHROMA_SMOOTHING = 1.0  # half pixels
 STRUCTURE_SMOOTHING = 1.5  # pixels; what remains is blurred by this much more, so that only form is left of it
 MAX_OFFSET, MAX_STRETCH = 1.6, 0.07  # jitter beyond the world's own, for decoders that place less exactly
 
@@ -42,7 +42,7 @@ _REFINED = 5  # candidates drawn again per cell
 _GRID = tuple(product((-0.7, 0.0, 0.7), (-0.7, 0.0, 0.7), (-0.027, 0.0, 0.027)))  # dx, dy, stretch
 
 # RGB to luma and two chroma planes, weighted so that a level of chroma counts less than a level of luma.
-PLANES = (np.array([[0.299, -0.169, 0.5], [0.587, -0.331, -0.419], [0.114, 0.5, -0.081]]) * (1.7, 1.2, 1.2)).astype(np.float32)
+PLANES = (np.array([[0.299, -0.169, 0.5], [0.587, -0.331, -0.419], [0.114, 0.5, -0.081]]) * (1.7, 0.6, 0.6)).astype(np.float32)
 _CHANNELS = (slice(0, 1), slice(1, 3))  # luma, chroma
 
 
@@ -106,13 +106,14 @@ def draw_bank() -> Bank:
         masks.append(np.stack([coverage(thing) for thing in things]))
         cover_row, mark_rows = len(masks) - 1, {"plain": 0}
         plain = np.stack([draw_object(blank, thing)[..., 2] for thing in things])
-        for marking in ("dotted", "banded") if shape in SHAPES else ():
+        marked = shape in SHAPES and size in SIZES  # the world draws tiny objects and glyphs plain
+        for marking in ("dotted", "banded") if marked else ():
             # The white of a marking, seen in the channel in which red is darkest.
             white = np.stack([draw_object(blank, replace(thing, marking=marking))[..., 2] for thing in things])
             masks.append((white - plain) / (WHITE[2] - COLOUR_RGB["red"][2]))
             mark_rows[marking] = len(masks) - 1
         mark_rows["eyed"] = mark_rows.get("dotted", 0)
-        for marking in MARKINGS if shape in SHAPES else ("plain",):
+        for marking in MARKINGS if marked else MARKINGS[:1]:
             kinds.append((shape, size, marking))
             cover.append(cover_row)
             mark.append(mark_rows[marking])
@@ -203,6 +204,11 @@ class Fit:
     candidate: Candidate
     remainder: Float[np.ndarray, "1536"]
     energy: float
+
+    @property
+    def at_limit(self) -> bool:
+        """Whether the jitter would have gone further than is believed."""
+        return max(abs(self.thing.dx), abs(self.thing.dy)) >= MAX_OFFSET or abs(self.thing.stretch) >= MAX_STRETCH
 
 
 def _masks_of(candidate: Candidate, bank: Bank) -> tuple[np.ndarray, np.ndarray]:
