@@ -33,7 +33,7 @@ REPLY_TO_REQUEST = "Here is an image based on your request:"
 THINKING_PHRASE = "I will think about it visually."
 THINKING_REQUESTS = ("Think visually.", "Look closely.", "Think about it visually first.")
 REQUESTS = ("Generate an image of {}.", "Generate an image of {}", "Draw {}.", "Show me {}.", "Make a picture of {}.")
-DESCRIPTION_RATE = 0.35
+DESCRIPTION_RATE = 0.45
 MOTIONS: tuple[Motion, ...] = ("move", "grow", "recolour")
 MOTION_WORDS = {"move": "it moves", "grow": "it grows", "recolour": "it changes colour"}
 
