@@ -17,6 +17,7 @@ def register(app: typer.Typer) -> None:
     group.command("build")(build)
     group.command("show")(show)
     group.command("band")(band)
+    group.command("ship")(ship)
     app.add_typer(group, name="microworld")
 
 
@@ -74,3 +75,20 @@ def band(
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(made) + "\n", encoding="utf-8")
     typer.echo(f"{out}: from {len(runs)} runs.")
+
+
+def ship(
+    run_dir: Annotated[Path, typer.Argument(help="Directory of a finished run of the recipe `microworld`.")],
+    out: Annotated[Path, typer.Option(help="Where the weights go; the encoder must lie beside it as `../encoder`.")],
+    decoder: Annotated[Path | None, typer.Option(help="The decoder; by default the shipped one.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the samples.")] = 0,
+) -> None:
+    """Turn a finished run into weights that ship: float16, without the encoder, with a card of measured scores."""
+    from metamorph.microworld.components import shipped
+    from metamorph.microworld.measuring import Measured, measure
+    from metamorph.microworld.shipping import save_shipped_model, write_model_card
+
+    save_shipped_model(run_dir, out)
+    report = measure(Measured(out, decoder or shipped("decoder"), shipped("llm")), seed=seed, told=lambda line: typer.echo(line, err=True))
+    write_model_card(run_dir, out, report)
+    typer.echo(f"{out}: " + ", ".join(f"{name} {row['value']:.3f}" for name, row in report["metrics"].items() if "/" not in name))
