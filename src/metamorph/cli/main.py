@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 import sys
 from importlib import import_module
-from importlib.util import find_spec
 from typing import Annotated
 
 import typer
@@ -50,8 +49,7 @@ def build_app() -> typer.Typer:
         """Morph a language model into one that understands and draws images (Visual-Predictive Instruction Tuning)."""
 
     for noun in NOUNS:
-        if find_spec(f"metamorph.cli.{noun}") is not None:
-            import_module(f"metamorph.cli.{noun}").register(app)
+        import_module(f"metamorph.cli.{noun}").register(app)
     return app
 
 
