@@ -58,7 +58,7 @@ def python_files() -> list[Path]:
 
 def run_python(code: str) -> str:
     """What a fresh interpreter prints."""
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120).stdout.strip()
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=300).stdout.strip()
 
 
 def imported_libraries(tree: ast.Module) -> set[str]:
