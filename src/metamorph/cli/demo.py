@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from metamorph.cli.terminal import quiet_libraries
+
 
 def register(app: typer.Typer) -> None:
     """Add the command to the app."""
@@ -23,6 +25,7 @@ def run(
     """Train a model that answers questions about pictures and draws them, from the shipped parts; write report.html and report.json."""
     from rich.console import Console
 
+    quiet_libraries()
     from metamorph.microworld.components import shipped
     from metamorph.microworld.demo import Demo, clear, run_demo
     from metamorph.microworld.report import summary_table, verdict

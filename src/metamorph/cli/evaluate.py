@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from metamorph.cli.terminal import quiet_libraries
+
 
 def register(app: typer.Typer) -> None:
     """Add the command to the app."""
@@ -27,6 +29,7 @@ def run(
     """Measure a model on the microworld's tasks: print the table, write metrics with intervals, protocol, versions and hashes."""
     from rich.console import Console
 
+    quiet_libraries()
     from metamorph.microworld.components import shipped
     from metamorph.microworld.measuring import Measured, measure
     from metamorph.microworld.report import summary_table, verdict

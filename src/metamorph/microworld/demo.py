@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from metamorph.errors import ConfigError
 from metamorph.evaluation.metrics import Metric
@@ -28,6 +28,9 @@ from metamorph.reporting.page import write
 from metamorph.training.config import RunConfig, StageConfig
 from metamorph.training.run import run
 from metamorph.training.trackers import Tracker, read_metrics
+
+if TYPE_CHECKING:
+    from metamorph.decoder import VisualDecoderPipeline
 
 Told = Callable[[str], None]
 REPORT, PAGE = "report.json", "report.html"
@@ -134,7 +137,7 @@ class _Moments:
         self.results: dict[str, Results] = {}
         self.seconds: dict[str, float] = {}
         self.device = "cpu"
-        self._last = self.demo.config.stages[-1].name
+        self._decoder: VisualDecoderPipeline | None = None
         self._left = time.perf_counter()  # when training went on
 
     def __call__(self, name: str, model: Any, processor: Any) -> None:
@@ -163,8 +166,9 @@ class _Moments:
         """All tasks on the model as it is now; those in which the language model has no part only the first time."""
         from metamorph.decoder import VisualDecoderPipeline
 
-        decoder = VisualDecoderPipeline.from_pretrained(self.demo.decoder)
-        subject = Subject(MetaMorphPipeline(model, processor, decoder).to(model.device), self.llm, self.demo.steps)
+        if self._decoder is None:
+            self._decoder = VisualDecoderPipeline.from_pretrained(self.demo.decoder)
+        subject = Subject(MetaMorphPipeline(model, processor, self._decoder).to(model.device), self.llm, self.demo.steps)
         before = self.results.get("start")
         tasks = [task for task in evaluation_tasks(full=False) if before is None or task.name not in MODEL_FREE]
         found = evaluate(tasks, subject, seed=self.demo.seed, samples=self.demo.samples, told=self.tell)
