@@ -153,8 +153,6 @@ def test_the_refused_one_of_several_is_named(pipeline):
         pipeline([[Message.user("a")], [Message.user("a"), Message.assistant("b")]])
     with pytest.raises(ConfigError, match="Did you mean temperature"):
         pipeline("a", temperatur=1.0)
-    with pytest.raises(RecordError, match="2 conversations but 1"):
-        next(pipeline.stream(["a", "b"]))
 
 
 def test_a_bare_description_becomes_a_drawing_prompt():
@@ -175,7 +173,8 @@ def test_command_prints_the_answer_and_saves_the_images(directory, tmp_path):
     drawn = runner.invoke(app, [*arguments, "a star", "-o", str(target), "--temperature", "1.0", "--seed", "3"])
     assert drawn.exit_code == 0, drawn.output
     assert f"saved {target}" in drawn.stderr
-    assert Image.open(target).mode == "RGB"
+    with Image.open(target) as saved:
+        assert saved.mode == "RGB"
 
 
 def test_command_says_that_nothing_was_drawn(directory, tmp_path):
