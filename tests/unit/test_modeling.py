@@ -213,7 +213,7 @@ def test_counts_that_disagree_are_refused_with_both_numbers():
         place_visual_tokens(torch.zeros(1, 16, 8), torch.zeros(1, 4, 8), batch.is_visual)
     with pytest.raises(AlignmentError, match="1 pixel images but 2 images flagged"):
         model(**batch.model_inputs() | {"pixel_values": batch.pixel_values[:1]})
-    cut = {n: batch.model_inputs()[n][:, :14] for n in ("input_ids", "attention_mask", "position_ids", "is_visual", "labels")}
+    cut = {n: batch.model_inputs()[n][:, :13] for n in ("input_ids", "attention_mask", "position_ids", "is_visual", "labels")}
     with pytest.raises(AlignmentError, match="7 image positions but 2 images"):
         model(**batch.model_inputs() | cut)
     with pytest.raises(AlignmentError, match="2 images but no visual_targets"):

@@ -111,7 +111,8 @@ def add_image_tokens(language_model: PreTrainedModel, tokenizer: PreTrainedToken
     old = len(tokenizer)
     tokens = (IMAGE_TOKEN, IMAGE_START_TOKEN, IMAGE_END_TOKEN)
     tokenizer.add_tokens([AddedToken(token, special=True, normalized=False) for token in tokens], special_tokens=True)
-    ids = dict(zip(tokens, tokenizer.convert_tokens_to_ids(list(tokens)), strict=True))
+    numbers: Any = tokenizer.convert_tokens_to_ids(list(tokens))
+    ids = {token: int(number) for token, number in zip(tokens, numbers, strict=True)}
     rows = language_model.get_input_embeddings().weight.shape[0]
     if max(ids.values()) >= rows:
         language_model.resize_token_embeddings(len(tokenizer), mean_resizing=False)

@@ -69,19 +69,16 @@ class VisionEncoder(nn.Module):
         return F.normalize(tokens, dim=-1, eps=MIN_NORM) if self.config.normalize_visual_tokens else tokens
 
     def fingerprint(self) -> str:
-        """Hash of the encoder's config and of the visual-token settings: caches of visual tokens are valid only under the same one."""
+        """Hash of the encoder (config and weights) and of the visual-token settings: caches are valid only under the same one."""
         unrelated = ("_name_or_path", "transformers_version", "dtype", "architectures", "torch_dtype")
         encoder = {key: value for key, value in self.encoder.config.to_dict().items() if key not in unrelated}
         names = ("num_visual_tokens", "vision_feature_layer", "vision_post_layernorm", "pooling", "normalize_visual_tokens")
         settings: dict[str, Any] = {"encoder": encoder, **{name: getattr(self.config, name) for name in names}}
-        # Two encoders of one shape differ in their weights: a few statistics of each tensor tell them apart cheaply.
-        weights = {
-            name: round(float(value.double().abs().mean()), 6)
-            for name, value in self.encoder.state_dict().items()
-            if value.is_floating_point()
-        }
-        text = json.dumps(settings | {"weights": weights}, sort_keys=True, default=str)
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
+        digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
+        for name, value in sorted(self.encoder.state_dict().items()):  # two encoders of one shape differ in their weights
+            digest.update(name.encode())
+            digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        return digest.hexdigest()[:16]
 
     def _states(self, pixel_values: Float[Tensor, "n 3 h w"], rows: int, columns: int) -> Float[Tensor, "n p v"]:
         pixels = pixel_values.to(self.encoder.dtype)
