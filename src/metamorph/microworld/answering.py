@@ -14,8 +14,8 @@ from torch.nn import functional as F
 from metamorph.batch import IGNORE_INDEX
 from metamorph.evaluation.metrics import Metric, Metrics, difference_of_means, majority_share, proportion, ratio_of_exponentials
 from metamorph.messages import ImagePart, Message
-from metamorph.microworld.examples import to_messages
-from metamorph.microworld.language import language_batch, name_questions
+from metamorph.microworld.examples import make_row, to_messages
+from metamorph.microworld.language import name_questions
 from metamorph.microworld.names import named_looks
 from metamorph.microworld.questions import EXTRA, SCORED
 from metamorph.microworld.rows import Row, image_qa, video_qa
@@ -110,21 +110,23 @@ def names_in_text(subject: Subject, samples: int, seed: int) -> Metrics:
 
 @torch.no_grad()
 def text_perplexity_ratio(subject: Subject, samples: int, seed: int) -> Metrics:
-    """Perplexity of held-out text after VPiT over that before, row by row on the same text."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    """Perplexity of what the assistant says in held-out text dialogues, after VPiT over before, on the same dialogues.
+
+    Only the assistant's words count: what users say is a target neither before an answer nor in VPiT.
+    """
+    from transformers import AutoModelForCausalLM
 
     before = AutoModelForCausalLM.from_pretrained(subject.llm_before, dtype=torch.float32, use_safetensors=True).eval()
-    tokenizer = AutoTokenizer.from_pretrained(subject.llm_before)
-    batch = language_batch(tokenizer, samples, 128, np.random.default_rng([seed, 103]))
+    after = subject.pipeline.model.language_model
+    rows = [make_row("text", seed + 1, "test", index) for index in range(samples)]
+    sequences = [subject.pipeline.processor.encode(to_messages(row)) for row in rows]
 
     def per_row(model: torch.nn.Module) -> list[float]:
         means = []
-        for start in range(0, samples, 32):
-            part = slice(start, start + 32)
-            logits = model(input_ids=batch.input_ids[part], position_ids=batch.position_ids[part]).logits.float()
-            losses = F.cross_entropy(logits.transpose(1, 2), batch.labels[part], ignore_index=IGNORE_INDEX, reduction="none")
-            means += (losses.sum(1) / (batch.labels[part] != IGNORE_INDEX).sum(1)).tolist()
+        device = next(model.parameters()).device
+        for sequence in sequences:
+            logits = model(input_ids=sequence.input_ids[None].to(device)).logits[0, :-1].float().cpu()
+            means.append(float(F.cross_entropy(logits, sequence.labels[1:], ignore_index=IGNORE_INDEX)))
         return means
 
-    after = subject.pipeline.model.language_model.float().cpu()
     return {"text_perplexity_ratio": ratio_of_exponentials(per_row(after), per_row(before))}
