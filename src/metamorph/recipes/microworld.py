@@ -17,8 +17,8 @@ def microworld_demo() -> RunConfig:
     return _vpit(
         "demo",
         "A small LLM learns to see and to draw, in a few minutes on two cores.",
-        projector=TrainingConfig(steps=150, batch_size=32, learning_rate=2e-3, warmup_ratio=0.1, weight_decay=0.01),
-        joint=TrainingConfig(steps=1_200, batch_size=32, learning_rate=1.5e-3, warmup_ratio=0.05, weight_decay=0.01, checkpoint_every=300),
+        projector=TrainingConfig(steps=60, batch_size=32, learning_rate=2e-3, warmup_ratio=0.1, weight_decay=0.01),
+        joint=TrainingConfig(steps=700, batch_size=32, learning_rate=1e-3, warmup_ratio=0.05, weight_decay=0.01, checkpoint_every=200),
     )
 
 
@@ -27,9 +27,9 @@ def microworld() -> RunConfig:
     return _vpit(
         "microworld",
         "The shipped microworld model: the demo's recipe, trained longer.",
-        projector=TrainingConfig(steps=300, batch_size=32, learning_rate=2e-3, warmup_ratio=0.1, weight_decay=0.01),
+        projector=TrainingConfig(steps=150, batch_size=32, learning_rate=2e-3, warmup_ratio=0.1, weight_decay=0.01),
         joint=TrainingConfig(
-            steps=12_000, batch_size=32, learning_rate=1.5e-3, warmup_ratio=0.03, weight_decay=0.01, checkpoint_every=500, log_every=25
+            steps=4_200, batch_size=32, learning_rate=1e-3, warmup_ratio=0.03, weight_decay=0.01, checkpoint_every=500, log_every=25
         ),
     )
 
@@ -66,6 +66,7 @@ def _vpit(name: str, description: str, *, projector: TrainingConfig, joint: Trai
         data=DataConfig(
             sources=(SourceConfig(source="metamorph.microworld.examples.training_source", kwargs={"size": 1_000_000, "seed": 0}),),
             max_length=512,
+            pack=True,
         ),
         stages=paper_stages(projector, joint),
     )
