@@ -86,8 +86,11 @@ def run_demo(demo: Demo, *, told: Told | None = None, tracker: Callable[[StageCo
     if config.model is None or config.model.llm is None:
         raise ConfigError(f"recipe {config.name!r} without an llm but the demo starts from one. Set model.llm and model.vision.")
     directory, resumed = config.run_dir, (config.run_dir / "config.yaml").is_file()
+    if (done := _finished(config)) is not None:
+        tell(f"{directory} holds this run, finished: nothing is left to do. Begin anew with --fresh.")
+        return done
     if resumed:
-        tell(f"{directory} holds an earlier run: going on where it stopped.")
+        tell(f"{directory} holds an unfinished run: going on where it stopped.")
     moments = _Moments(demo, Path(config.model.llm), tell)
     try:
         result = run(config, resume=True, on_stage=moments, tracker=tracker)
@@ -115,8 +118,20 @@ def run_demo(demo: Demo, *, told: Told | None = None, tracker: Callable[[StageCo
     )
     (directory / REPORT).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     next_steps = _NEXT.format(model=result.model_dir)
-    page = write(demo_page(report, rows, band, samples, next_steps), directory / PAGE)
-    return Outcome(report, directory / REPORT, page, next_steps)
+    write(demo_page(report, rows, band, samples, next_steps), directory / PAGE)
+    return Outcome(report, directory / REPORT, directory / PAGE, next_steps)
+
+
+def _finished(config: RunConfig) -> Outcome | None:
+    """What a finished run with the same settings left, if there is one."""
+    directory = config.run_dir
+    if (
+        not all((directory / name).is_file() for name in ("config.yaml", REPORT, PAGE))
+        or RunConfig.load(directory / "config.yaml") != config
+    ):
+        return None
+    report = json.loads((directory / REPORT).read_text(encoding="utf-8"))
+    return Outcome(report, directory / REPORT, directory / PAGE, _NEXT.format(model=directory / "model"))
 
 
 def clear(directory: Path) -> None:

@@ -149,10 +149,11 @@ def _opening(report: Mapping[str, Any]) -> list[Block]:
 
 def _closing(report: Mapping[str, Any], next_steps: str) -> list[Block]:
     facts = {"command": report["command"], "commit": report["commit"], "seed": report["seed"]}
+    machine = {name.replace("_gb", ""): f"{value} GB" if name.endswith("_gb") else value for name, value in report["machine"].items()}
     times = Table(["phase", "seconds"], [[name, value] for name, value in report["seconds"].items()])
     return [
         Heading("How it was made"),
-        Facts({**facts, **report["machine"], **report["versions"], "peak memory": f"{report['peak_memory_bytes'] / 2**30:.2f} GB"}),
+        Facts({**facts, "peak memory": f"{report['peak_memory_bytes'] / 2**30:.2f} GB", **machine, **report["versions"]}),
         TableBlock(times),
         Heading("What to try next"),
         Code(next_steps),

@@ -123,6 +123,8 @@ def conversation(subject: Subject) -> list[Block]:
     tokens = [part.visual_tokens for message in history for part in message.images if part.visual_tokens is not None]
     drawn = [_or_missing(picture) for picture in subject.decode(tokens)]
     words = "The last question is about the model's own drawing: it reads the visual tokens that it predicted, not the pixels."
+    if not history[3].images:  # the answer to the request
+        words = "Asked to draw, the model drew nothing; the last question has no drawing to be about."
     return [Heading("A conversation"), Conversation(history, drawn, words)]
 
 
