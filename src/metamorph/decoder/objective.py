@@ -5,9 +5,9 @@ Axes: n images, k visual tokens per image, v vision width, p sample channels, s 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
@@ -167,7 +167,7 @@ def noised(
 
 
 def denoise(
-    unet: UNet2DConditionModel,
+    unet: Callable[..., Any],
     noisy: Float[Tensor, "n p s s"],
     timesteps: Tensor,
     condition: Condition,

