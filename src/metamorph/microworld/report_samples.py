@@ -19,7 +19,6 @@ from metamorph.microworld.examples import draw, to_messages
 from metamorph.microworld.names import GROUPS, in_group
 from metamorph.microworld.questions import EXTRA, SCORED, ask_colour, ask_shape
 from metamorph.microworld.rows import Picture, Row, edit, next_frame, thinking
-from metamorph.microworld.scenes import Scene
 from metamorph.microworld.subject import Subject, final_text, last_picture
 from metamorph.microworld.world import SceneRules, caption, choose, sample_named_scene, sample_scene
 from metamorph.reporting.blocks import Block, Conversation, Heading, ImageGrid, Paragraph, PictureCard
@@ -168,16 +167,18 @@ def named_things(subject: Subject, shown: int = 3) -> list[Block]:
     """Things drawn by their invented names, for each group of names."""
     blocks: list[Block] = [
         Heading("Things with names"),
-        Paragraph("Invented names stand for a shape, colour and marking. A tick: all three are right, wherever size and place ended."),
+        Paragraph("Invented names stand for a shape, colour and marking. A tick: the named thing has all three, in its place."),
     ]
     for group in GROUPS:
         rng = np.random.default_rng([SHOWN_SEED, 6, GROUPS.index(group)])
         names = [choose(rng, in_group(group)) for _ in range(shown)]
-        scenes: list[Scene] = [sample_named_scene(rng, named, SceneRules("test", use="drawn", max_objects=1)) for named in names]
-        texts = [caption(scene, names={scene.objects[0].cell: named.name}) for scene, named in zip(scenes, names, strict=True)]
+        # Up to two objects: some names have no test scene in which they stand alone.
+        scenes = [sample_named_scene(rng, named, SceneRules("test", use="drawn", max_objects=2)) for named in names]
+        things = [next(o for o in scene.objects if o.look == named.look) for scene, named in zip(scenes, names, strict=True)]
+        texts = [caption(scene, names={o.cell: named.name}) for scene, o, named in zip(scenes, things, names, strict=True)]
         cards = []
-        for one, text in zip(draw_captions(subject, scenes, texts), texts, strict=True):
-            right = all(one.matches(one.wanted.objects[0], ("shape", "colour", "marking")))
+        for one, thing, text in zip(draw_captions(subject, scenes, texts), things, texts, strict=True):
+            right = all(one.matches(thing, ("shape", "colour", "marking")))
             cards.append(_card(one, f"“Generate an image of {text}.”", right))
         blocks += [Heading(_GROUP_WORDS[group], 3), ImageGrid(cards, cell=15)]
     return blocks
