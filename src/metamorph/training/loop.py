@@ -75,7 +75,7 @@ def train(
     """Train what requires a gradient in `model`, in place.
 
     Args:
-        step: model, batch -> the sum of each kind of loss over its targets, and their number, which must be `batch.target_counts[kind]`.
+        step: model, batch -> for each kind of loss its sum over targets, and their number, which must be `batch.target_counts[kind]`.
         model: the whole model; frozen parts have `requires_grad` off.
         stream: gives the micro-batches of each step; a batch has `target_counts`, `.to(device)` and, for error messages, `ids`.
         config: steps, rates, precision and so on.
@@ -99,17 +99,22 @@ def train(
         raise ConfigError(f"{config.steps} steps but at least 1 is needed ({stage}). Set steps.")
     device = pick_device(config.device)
     with processes(device):
-        loop = _Loop.open(step, model, stream, config, Path(run_dir), stage, device, tracker, companions or {}, resume, start, replicate)
+        checkpoints = Path(run_dir) / "checkpoints" / stage
+        last = _last_checkpoint(checkpoints, resume)
+        engine = _prepare(step, model, config, device, last, replicate)
+        optimizer = build_optimizer(model, config)
+        done = _restore(model, optimizer, stream, companions or {}, last, start)
+        trackers = _open_trackers(Path(run_dir), stage, done if last else -1, tracker, config.steps)
         try:
-            return loop.run(evaluators or {})
+            return _Loop(engine, optimizer, stream, config, stage, checkpoints, trackers, companions or {}, done).run(evaluators or {})
         finally:
-            for one in loop.trackers:
+            for one in trackers:
                 one.close()
 
 
 @dataclass
 class _Loop:
-    """What the loop holds: `open` builds or resumes it, `run` is the loop."""
+    """What the loop holds."""
 
     engine: Engine
     optimizer: torch.optim.Optimizer
@@ -121,34 +126,6 @@ class _Loop:
     companions: Mapping[str, Companion]
     done: int  # updates made so far
     history: list[dict[str, Any]] = field(default_factory=list)
-
-    @classmethod
-    def open(cls, step, model, stream, config, run_dir, stage, device, tracker, companions, resume, start, replicate) -> _Loop:
-        checkpoints = run_dir / "checkpoints" / stage
-        last = next(reversed(list_checkpoints(checkpoints)), None)
-        if last is not None and not resume:
-            remedy = "Resume, or choose another directory."
-            raise CheckpointError(f"a checkpoint at {last.name} but an empty directory was expected ({checkpoints}). {remedy}")
-        if companions and world_size() > 1:
-            found = f"{sorted(companions)} that follow the weights but {world_size()} processes"
-            raise ConfigError(f"{found}, over which the weights are split ({stage}). Train on one process, or without them.")
-        torch.manual_seed(config.seed + rank())  # dropout and the like; each process its own
-        model.to(device)
-        # a resumed run keeps its precision: a measurement repeated may come out otherwise
-        precision = read_details(last)["precision"] if last else choose_precision(config.precision, device, model)
-        engine = Engine(step, model, config, device, precision, replicate)
-        optimizer = build_optimizer(model, config)
-        if last is not None:
-            done = load_checkpoint(last, model, optimizer, stream, companions=companions)["step"]
-        else:
-            done = 0
-            if start is not None:
-                load_weights(start, model)
-        trackers: list[Tracker] = []
-        if rank() == 0:
-            metrics = MetricsFile(run_dir / "metrics.jsonl", stage=stage, step=done if last else -1)
-            trackers = [metrics, tracker or TerminalTracker(stage, config.steps)]
-        return cls(engine, optimizer, stream, config, stage, checkpoints, trackers, companions, done)
 
     def run(self, evaluators: Mapping[str, Evaluator]) -> TrainResult:
         """The loop, in the order in which it happens."""
@@ -213,3 +190,47 @@ class _Loop:
             details=details,
             keep=self.config.keep,
         )
+
+
+def _last_checkpoint(checkpoints: Path, resume: bool) -> Path | None:
+    last = next(reversed(list_checkpoints(checkpoints)), None)
+    if last is not None and not resume:
+        remedy = "Resume, or choose another directory."
+        raise CheckpointError(f"a checkpoint at {last.name} but an empty directory was expected ({checkpoints}). {remedy}")
+    return last
+
+
+def _prepare(
+    step: StepFunction, model: nn.Module, config: TrainingConfig, device: torch.device, last: Path | None, replicate: Sequence[str]
+) -> Engine:
+    torch.manual_seed(config.seed + rank())  # dropout and the like; each process its own
+    model.to(device)
+    # A resumed run keeps its precision: a measurement repeated may come out otherwise.
+    precision = read_details(last)["precision"] if last else choose_precision(config.precision, device, model)
+    return Engine(step, model, config, device, precision, replicate)
+
+
+def _restore(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    stream: Stream,
+    companions: Mapping[str, Companion],
+    last: Path | None,
+    start: Path | None,
+) -> int:
+    """Load what there is to go on from; returns the updates made so far."""
+    if companions and world_size() > 1:
+        found = f"{sorted(companions)} that follow the weights but {world_size()} processes, over which the weights are split"
+        raise ConfigError(f"{found} (train). Train on one process, or without them.")
+    if last is not None:
+        return load_checkpoint(last, model, optimizer, stream, companions=companions)["step"]
+    if start is not None:
+        load_weights(start, model)
+    return 0
+
+
+def _open_trackers(run_dir: Path, stage: str, step: int, tracker: Tracker | None, steps: int) -> list[Tracker]:
+    """The metrics file, cut after `step`, and the terminal: on the first process only."""
+    if rank() != 0:
+        return []
+    return [MetricsFile(run_dir / "metrics.jsonl", stage=stage, step=step), tracker or TerminalTracker(stage, steps)]

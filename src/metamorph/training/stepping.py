@@ -146,8 +146,8 @@ class Engine(nn.Module):
             raise AlignmentError(f"losses of {kinds} but targets of {sorted(expected)} ({_place(batch)}). {remedy}")
         scales = [self._scale(kind, batch, shared) if counted else 0.0 for kind in kinds]
         weights = [self.config.loss_weight(kind) for kind in kinds]
-        total = sum(terms[kind].sum * (weight * scale) for kind, weight, scale in zip(kinds, weights, scales, strict=True))
-        if isinstance(total, Tensor) and total.requires_grad:
+        total = torch.stack([terms[kind].sum * (weight * scale) for kind, weight, scale in zip(kinds, weights, scales, strict=True)]).sum()
+        if total.requires_grad:
             total.backward()
         sums = torch.stack([terms[kind].sum.detach().float() for kind in kinds])
         counts = torch.stack([torch.as_tensor(terms[kind].count, device=sums.device).float() for kind in kinds])

@@ -71,9 +71,10 @@ class TerminalTracker:
         if self._console.is_terminal:
             text = TextColumn("{task.fields[text]}")
             columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), text, TimeRemainingColumn())
-            self._progress = Progress(*columns, console=self._console)
-            self._task = self._progress.add_task(stage, total=steps, text="")
-            self._progress.start()
+            progress = Progress(*columns, console=self._console)
+            self._task = progress.add_task(stage, total=steps, text="")
+            progress.start()
+            self._progress = progress
 
     def log(self, row: Row) -> None:
         """Show a row."""
