@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from metamorph.cli.terminal import quiet_libraries
 from metamorph.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
@@ -90,6 +91,7 @@ def load(model: str | None, decoder: str | None, device: str | None, *, needs_de
     Raises:
         CheckpointError: a directory that does not exist, or a decoder that is needed but missing.
     """
+    quiet_libraries()
     from metamorph.pipeline import MetaMorphPipeline
 
     if model is None:
