@@ -14,7 +14,7 @@ is cut out and tokenized with special tokens switched off: it stays text.
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import groupby, pairwise
+from itertools import pairwise
 
 import jinja2
 from transformers import PreTrainedTokenizerBase
@@ -198,21 +198,18 @@ def _fill_in(text: str, marks: list[re.Match[str]], parts: list[TextPart | Image
 
 
 def _tokenize_segments(tokenizer: PreTrainedTokenizerBase, text: str, cuts: set[int], literal: set[Span]) -> TokenizedText:
-    segments = list(pairwise(sorted({0, len(text)} | cuts)))
     ids, starts = [], []
-    for plain, group in groupby(segments, key=literal.__contains__):
-        spans = list(group)
+    for begin, end in pairwise(sorted({0, len(text)} | cuts)):  # one by one: a batch would start threads, which costs more than it saves
         encoded = tokenizer(
-            [text[begin:end] for begin, end in spans],
+            text[begin:end],
             add_special_tokens=False,
             return_offsets_mapping=True,
-            split_special_tokens=plain,
+            split_special_tokens=(begin, end) in literal,
             verbose=False,
         )
-        ids += [token for own in encoded["input_ids"] for token in own]
+        ids += encoded["input_ids"]
         # Byte-level tokenizers report a token of spaces as an empty span behind them: keep it inside its segment.
-        offsets = zip(spans, encoded["offset_mapping"], strict=True)
-        starts += [min(begin + start, end - 1) for (begin, end), own in offsets for start, _ in own]
+        starts += [min(begin + start, end - 1) for start, _ in encoded["offset_mapping"]]
     return TokenizedText(ids, starts)
 
 
