@@ -30,9 +30,9 @@ CROP_BLUR = 0.5  # pixels; what enlarging by two (bilinear) and averaging back h
 MAX_SHIFT = 14.0  # of the whole picture, per channel
 MAX_BACKGROUND_DISTANCE = 25.0  # median over the borders, after the shift
 MAX_FORM = 25.0  # largest coherent remainder anywhere in a cell
-MAX_COLOUR_ERROR = 30.0  # of an object's paint against the palette
+MAX_COLOUR_ERROR = 33.0  # of an object's paint against the palette
 COLOUR_WEIGHTS = (1.0, 2.0, 2.0)  # of the error in luma and chroma: hue counts for more here than where forms are compared
-MIN_MARGIN = 0.04  # the runner-up's remaining energy over the best's, minus 1
+MIN_MARGIN = 0.03  # the runner-up's remaining energy over the best's, minus 1
 
 State = Literal["empty", "object", "unreadable"]
 Picture = UInt8[np.ndarray, "64 64 3"] | Image.Image
