@@ -81,6 +81,7 @@ def ship(
     run_dir: Annotated[Path, typer.Argument(help="Directory of a finished run of the recipe `microworld`.")],
     out: Annotated[Path, typer.Option(help="Where the weights go; the encoder must lie beside it as `../encoder`.")],
     decoder: Annotated[Path | None, typer.Option(help="The decoder; by default the shipped one.")] = None,
+    samples: Annotated[int | None, typer.Option(min=1, help="Samples of every task; by default at least 500.")] = None,
     seed: Annotated[int, typer.Option(help="Of the samples.")] = 0,
 ) -> None:
     """Turn a finished run into weights that ship: float16, without the encoder, with a card of measured scores."""
@@ -89,6 +90,7 @@ def ship(
     from metamorph.microworld.shipping import save_shipped_model, write_model_card
 
     save_shipped_model(run_dir, out)
-    report = measure(Measured(out, decoder or shipped("decoder"), shipped("llm")), seed=seed, told=lambda line: typer.echo(line, err=True))
+    parts = Measured(out, decoder or shipped("decoder"), shipped("llm"))
+    report = measure(parts, samples=samples, seed=seed, told=lambda line: typer.echo(line, err=True))
     write_model_card(run_dir, out, report)
     typer.echo(f"{out}: " + ", ".join(f"{name} {row['value']:.3f}" for name, row in report["metrics"].items() if "/" not in name))

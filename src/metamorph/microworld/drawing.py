@@ -203,20 +203,24 @@ def named_drawing(subject: Subject, samples: int, seed: int) -> Metrics:
     """
     metrics: dict[str, Metric] = {}
     looks = named_looks()
-    for group in GROUPS:
-        names = in_group(group)
-        rngs = [np.random.default_rng([seed, 206, GROUPS.index(group), index]) for index in range(samples)]
-        rules = SceneRules("test", use="drawn", max_objects=1)
-        scenes = [sample_named_scene(rng, names[index % len(names)], rules) for index, rng in enumerate(rngs)]
-        texts = [caption(scene, names={scene.objects[0].cell: names[i % len(names)].name}) for i, scene in enumerate(scenes)]
+    for number, group in enumerate(GROUPS):
+        names = [in_group(group)[index % len(in_group(group))] for index in range(samples)]
+        rngs = [np.random.default_rng([seed, 206, number, index]) for index in range(samples)]
+        # Up to two objects: some names have no test scene in which they stand alone.
+        rules = SceneRules("test", use="drawn", max_objects=2)
+        scenes = [sample_named_scene(rng, named, rules) for rng, named in zip(rngs, names, strict=True)]
+        things = [next(o for o in scene.objects if o.look == named.look) for scene, named in zip(scenes, names, strict=True)]
+        texts = [caption(scene, names={o.cell: named.name}) for scene, o, named in zip(scenes, things, names, strict=True)]
         drawn = draw_captions(subject, scenes, texts)
-        compared = ("shape", "colour", "marking")
-        scores = [float(np.mean(one.matches(scene.objects[0], compared))) for one, scene in zip(drawn, scenes, strict=True)]
-        others = [looks[int(rng.integers(len(looks)))].made_as(scene.objects[0]) for rng, scene in zip(rngs, scenes, strict=True)]
-        chance = [float(np.mean(one.matches(other, compared))) for one, other in zip(drawn, others, strict=True)]
-        metrics[f"named_drawing/{group}"] = mean(scores, seed)
-        metrics[f"named_drawing_chance/{group}"] = mean(chance, seed)
+        others = [looks[int(rng.integers(len(looks)))].made_as(thing) for rng, thing in zip(rngs, things, strict=True)]
+        metrics[f"named_drawing/{group}"] = mean(_looks_right(drawn, things), seed)
+        metrics[f"named_drawing_chance/{group}"] = mean(_looks_right(drawn, others), seed)
     return metrics
+
+
+def _looks_right(drawn: Sequence[Drawn], things: Sequence[SceneObject]) -> list[float]:
+    """For each drawing, the share of an object's shape, colour and marking that the judge reads in its cell."""
+    return [float(np.mean(one.matches(thing, ("shape", "colour", "marking")))) for one, thing in zip(drawn, things, strict=True)]
 
 
 def puzzle_drawing(subject: Subject, samples: int, seed: int) -> Metrics:

@@ -8,6 +8,7 @@ from typing import Literal, TypeVar
 
 import numpy as np
 
+from metamorph.errors import ComponentError
 from metamorph.microworld.names import HELD_OUT_PAIRS, NamedLook, by_look
 from metamorph.microworld.scenes import (
     BACKGROUNDS,
@@ -28,6 +29,7 @@ Split = Literal["train", "validation", "test"]
 Use = Literal["shown", "drawn", "any"]
 T = TypeVar("T")
 _CLOCKWISE = (0, 1, 3, 2)
+MAX_TRIES = 2000  # a test scene is found after 10 on average
 
 
 @dataclass(frozen=True)
@@ -95,13 +97,18 @@ def sample_scene(rng: np.random.Generator, rules: SceneRules) -> Scene:
 
 
 def sample_named_scene(rng: np.random.Generator, named: NamedLook, rules: SceneRules) -> Scene:
-    """A scene with one named object, the others unnamed."""
-    while True:
+    """A scene with one named object, the others unnamed.
+
+    Raises:
+        ComponentError: the split holds no such scene (a name alone may stand in none of a small split).
+    """
+    for _ in range(MAX_TRIES):
         scene = sample_scene(rng, replace(rules, split=None))
         cell = choose(rng, [thing.cell for thing in scene.objects])
         scene = scene.with_object(sample_object(rng, cell, replace(rules, named=(named,))))
         if rules.split is None or split_of(scene) == rules.split:
             return scene
+    raise ComponentError(f"no scene in {MAX_TRIES} tries but one with a {named.name} was expected ({rules}). Allow more objects.")
 
 
 def rejitter(scene: Scene, rng: np.random.Generator) -> Scene:
