@@ -296,8 +296,12 @@ class TestStarts:
         assert pipe.image_size == SIZE
         pipe.save_pretrained(tmp_path / "decoder")
         loaded = VisualDecoderPipeline.from_pretrained(tmp_path / "decoder")
+        for part in ("unet", "vae", "conditioner"):
+            before, after = getattr(pipe, part).state_dict(), getattr(loaded, part).state_dict()
+            assert before.keys() == after.keys()
+            assert all(torch.equal(before[name], after[name]) for name in before), part
         drawn = [one(tiny_batch().tokens, num_inference_steps=2, guidance_scale=3.0, output_type="pt") for one in (pipe, loaded)]
-        assert torch.equal(*drawn)
+        torch.testing.assert_close(*drawn, atol=2e-6, rtol=0)  # equal weights at other addresses may take another CPU kernel
 
     def test_microworld_denoiser_is_small_and_of_the_right_shape(self):
         unet = microworld_denoiser(context_width=64, map_channels=16)
