@@ -225,7 +225,7 @@ def test_the_whole_demo_in_miniature_is_made_once_and_resumed(tmp_path: Path):
 
     measured = measure(
         Measured(tmp_path / "run" / "model", tmp_path / "run" / "model" / "decoder", parts["llm"]),
-        samples=1,
+        samples=2,
         output=tmp_path / "table.json",
     )
     assert json.loads((tmp_path / "table.json").read_text())["metrics"].keys() == measured["metrics"].keys() == values["metrics"].keys()

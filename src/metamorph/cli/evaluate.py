@@ -21,7 +21,7 @@ def run(
         Path | None, typer.Option(help="Directory of a decoder; by default the model's own `decoder`, or the shipped one.")
     ] = None,
     llm: Annotated[Path | None, typer.Option(help="The language model before it learnt to see; by default the shipped one.")] = None,
-    samples: Annotated[int | None, typer.Option(min=1, help="Samples of every task; by default at least 500.")] = None,
+    samples: Annotated[int | None, typer.Option(min=2, help="Samples of every task; by default at least 500.")] = None,
     output: Annotated[Path, typer.Option("--output", "-o", help="Where to write the results as JSON.")] = Path("runs/evaluation.json"),
     seed: Annotated[int, typer.Option(help="Of the samples.")] = 0,
     device: Annotated[str | None, typer.Option(help="cuda, mps or cpu; by default the first that is there.")] = None,

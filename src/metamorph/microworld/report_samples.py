@@ -72,7 +72,7 @@ def _mistakes(one: Drawn) -> str:
     """What the judge reads instead of what was wanted."""
     reading = one.reading
     if reading is None or reading.scene is None:
-        return f"The judge cannot read it: {reading.reason if reading is not None else 'nothing drawn'}."
+        return f"The judge cannot read it: {reading.reason.partition(';')[0] if reading is not None else 'nothing drawn'}."
     return f"The judge reads: {caption(reading.scene) if reading.scene.objects else 'an empty scene'}."
 
 
