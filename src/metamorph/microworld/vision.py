@@ -4,7 +4,7 @@ Contrastive training alone leaves shape unreadable in the pooled, normalised vis
 linear probe at 100% contrastive accuracy). So a small captioning decoder reads exactly those tokens and spells
 out every cell, beside the sigmoid loss with hard negatives in which one attribute is changed.
 
-Axes: b images, t positions of a text, k visual tokens per image, v vision width, h heads.
+Axes: b images, c those with captions, t and s positions of captions and dense captions, k visual tokens per image, v vision width.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ class EncoderBatch:
     pixels: Float[Tensor, "b 3 h w"]
     texts: Int64[Tensor, "two_c t"]
     matches: Bool[Tensor, "c two_c"]
-    dense: Int64[Tensor, "b t"]
+    dense: Int64[Tensor, "b s"]
     pad_id: int
     ids: tuple[str, ...] = ()
     target_counts: dict[str, int] = field(default_factory=dict)
