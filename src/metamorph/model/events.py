@@ -138,6 +138,7 @@ class EventWriter:
         """The events of one step of this row, in order."""
         if emission.token_id is not None:
             self._ids.append(emission.token_id)
+        events: list[Event]
         if emission.visual_token is not None:
             events = self._draw(emission.visual_token)
         elif emission.token_id == self._vocabulary.image_start_id:

@@ -204,6 +204,6 @@ def _call(config: SourceConfig, **given: Any) -> Any:
 def _load_scheduler(path: str) -> Any:
     from metamorph.decoder.library import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 
-    settings = DDIMScheduler.load_config(path, subfolder="scheduler")
+    settings: Any = DDIMScheduler.load_config(path, subfolder="scheduler")
     kind = FlowMatchEulerDiscreteScheduler if "FlowMatch" in str(settings["_class_name"]) else DDIMScheduler
     return kind.from_pretrained(path, subfolder="scheduler")

@@ -162,7 +162,7 @@ def _model_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """Moments by parameter name. Rates and decays are settings, not state: they are computed from the config."""
-    names = {parameter: name for name, parameter in model.named_parameters()}
+    names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
     states = ((names[parameter], state) for parameter, state in optimizer.state.items())
     return {f"optimizer.{name}.{key}": value for name, state in states for key, value in state.items() if isinstance(value, Tensor)}
 
