@@ -36,6 +36,8 @@ def save_shipped_model(run_dir: Path, out: Path) -> None:
     from metamorph.model.conversion import load, save_without_encoder
 
     model, processor = load(run_dir / "model")
+    for part in (model.config, model.config.text_config, model.config.vision_config):
+        part._name_or_path = ""  # where the parts lay on the machine that trained says nothing to anybody else
     save_without_encoder(model, processor, out, "../encoder", dtype=torch.float16)
 
 
@@ -57,5 +59,6 @@ def write_model_card(run_dir: Path, out: Path, report: dict[str, Any]) -> None:
     how = {"recipe": config["name"], "seed": config["stages"][0]["training"]["seed"], "stages": stages, "data": config["data"]}
     how["command"] = "metamorph train microworld, then metamorph microworld ship"
     scores = {name: report["metrics"][name]["value"] for name in _ON_THE_CARD}
+    report = {**report, "command": "metamorph microworld ship"}
     (out / EVALUATION).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     write_card(out, Card("metamorph", "the microworld's model: the shipped LLM after both stages of VPiT", how, scores))

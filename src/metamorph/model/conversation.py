@@ -12,6 +12,7 @@ is cut out and tokenized with special tokens switched off: it stays text.
 """
 
 import re
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -197,16 +198,21 @@ def _fill_in(text: str, marks: list[re.Match[str]], parts: list[TextPart | Image
     return RenderedConversation("".join([*pieces, text[end:]]), tuple(said), tuple((start, stop) for start, stop in moved))
 
 
+# Fast tokenizers keep `split_special_tokens` as a setting of the whole tokenizer, and a stream reads ahead in a thread.
+_ONE_AT_A_TIME = threading.Lock()
+
+
 def _tokenize_segments(tokenizer: PreTrainedTokenizerBase, text: str, cuts: set[int], literal: set[Span]) -> TokenizedText:
     ids, starts = [], []
     for begin, end in pairwise(sorted({0, len(text)} | cuts)):  # one by one: a batch would start threads, which costs more than it saves
-        encoded = tokenizer(
-            text[begin:end],
-            add_special_tokens=False,
-            return_offsets_mapping=True,
-            split_special_tokens=(begin, end) in literal,
-            verbose=False,
-        )
+        with _ONE_AT_A_TIME:
+            encoded = tokenizer(
+                text[begin:end],
+                add_special_tokens=False,
+                return_offsets_mapping=True,
+                split_special_tokens=(begin, end) in literal,
+                verbose=False,
+            )
         ids += encoded["input_ids"]
         # Byte-level tokenizers report a token of spaces as an empty span behind them: keep it inside its segment.
         starts += [min(begin + start, end - 1) for start, _ in encoded["offset_mapping"]]
