@@ -169,7 +169,6 @@ def test_the_command_builds_a_model_that_loads(tmp_path, parts):
 
 def test_trainer_of_transformers_trains_it(tmp_path, built):
     """`forward(labels=...)` is all that other trainers need."""
-    pytest.importorskip("accelerate")
     from transformers import Trainer, TrainingArguments
 
     model, processor = built

@@ -22,6 +22,7 @@ from metamorph.decoder import (
     from_base,
     from_stable_diffusion,
     microworld_denoiser,
+    sketch_step,
     widen_input,
 )
 from metamorph.decoder.batches import image_seeds
@@ -29,7 +30,7 @@ from metamorph.decoder.objective import draw, noised
 from metamorph.errors import AlignmentError, ConfigError
 
 K, V, CONTEXT, SIZE, SAMPLE = 4, 12, 16, 16, 8
-PREDICTIONS = ("flow", "epsilon", "v_prediction")
+PREDICTIONS = ("flow", "epsilon", "v_prediction", "sample")
 
 
 def tiny_unet(map_channels: int = 0):
@@ -80,13 +81,14 @@ class TestConditioner:
         conditioner = VisualConditioner(
             V, CONTEXT, num_visual_tokens=K, hidden_size=8, map_channels=3, map_hidden_size=16, sample_size=SAMPLE
         )
-        tokens = tiny_batch(1).tokens
+        tokens = tiny_batch(40).tokens
         changed = tokens.clone()
-        changed[0, 1] = tokens[0, 2]  # top right
+        changed[:, 1] = tokens.roll(1, 0)[:, 1]  # top right
         with torch.no_grad():
-            difference = (conditioner(changed).map - conditioner(tokens).map)[0].abs().sum(dim=0)
+            difference = (conditioner(changed).map - conditioner(tokens).map).abs().mean(dim=(0, 1))
         inside = difference[:4, 4:].mean()
-        assert inside > 2 * difference[4:, :4].mean()
+        assert inside > difference[:4, :4].mean() > 0  # its neighbour
+        assert inside > difference[4:, :4].mean() > 0  # the one across
 
     def test_refuses_other_tokens_and_sizes(self):
         conditioner = VisualConditioner(V, CONTEXT, num_visual_tokens=K, hidden_size=8)
@@ -110,6 +112,9 @@ class TestObjective:
         if prediction == "flow":
             torch.testing.assert_close(noisy - level * target, clean)
             torch.testing.assert_close(timesteps, time * 1000)
+            return
+        if prediction == "sample":
+            assert target is clean
             return
         signal = scheduler.alphas_cumprod[timesteps][:, None, None, None].sqrt()
         sigma = (1 - signal**2).sqrt()
@@ -159,6 +164,54 @@ class TestObjective:
     def test_settings_are_checked(self):
         with pytest.raises(ConfigError, match="condition_dropout"):
             Objective(condition_dropout=1.5)
+
+
+class TestSketch:
+    """The spatial path's map as a first guess of the picture."""
+
+    def model(self, **changes) -> DecoderModel:
+        torch.manual_seed(0)
+        base = DecoderModel(tiny_unet(), build_scheduler("sample"), objective=Objective(condition_dropout=0.0))
+        sizes = {"visual_width": V, "num_visual_tokens": K, "hidden_size": 8, "map_hidden_size": 16}
+        return from_base(base, **(sizes | {"sketch": True} | changes))
+
+    def test_a_decoder_begins_by_drawing_its_sketch(self):
+        model, batch = self.model().eval(), tiny_batch()
+        sketch = model.condition(batch).sketch
+        assert sketch.shape == (3, 12, SAMPLE, SAMPLE)
+        drawn = VisualDecoderPipeline.from_model(model)(batch.tokens, output_type="pt")
+        torch.testing.assert_close(drawn, model.space.decode(sketch.detach()), atol=1e-5, rtol=0)
+        torch.testing.assert_close(
+            decoder_step(model, batch)["decoder"].sum, 2 * sketch_step(model, batch)["decoder"].sum, atol=1e-5, rtol=1e-5
+        )
+
+    def test_an_image_that_is_told_nothing_has_no_sketch(self):
+        condition = self.model().condition(tiny_batch(2)).where(torch.tensor([True, False]))
+        assert condition.sketch[0].any() and not condition.sketch[1].any()
+
+    def test_a_first_stage_teaches_the_spatial_path_alone(self):
+        model = self.model()
+        sketch_step(model, tiny_batch())["decoder"].sum.backward()
+        assert all(value.grad is not None for value in model.conditioner.spatial.parameters())
+        assert all(value.grad is None for value in model.unet.parameters())
+        with pytest.raises(ConfigError, match="without sketch"):
+            sketch_step(tiny_model(), tiny_batch())
+
+    def test_learns_coloured_quadrants_quickly(self):
+        model, batch = self.model(), quadrants(6)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3)
+        for _ in range(80):
+            loss = sketch_step(model, batch)["decoder"].mean
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        assert loss < 0.01
+
+    def test_a_sketch_needs_a_denoiser_of_clean_samples(self):
+        with pytest.raises(ConfigError, match=r"12 channels and flow prediction but 12 channels and sample prediction"):
+            from_base(DecoderModel(tiny_unet(), build_scheduler("flow")), visual_width=V, num_visual_tokens=K, sketch=True)
+        with pytest.raises(ConfigError, match=r"map_channels=3 but a multiple of map_fold\^2 = 4"):
+            VisualConditioner(V, CONTEXT, num_visual_tokens=K, map_channels=3, map_fold=2, sample_size=SAMPLE)
 
 
 class TestTraining:
@@ -304,9 +357,9 @@ class TestStarts:
         torch.testing.assert_close(*drawn, atol=2e-6, rtol=0)  # equal weights at other addresses may take another CPU kernel
 
     def test_microworld_denoiser_is_small_and_of_the_right_shape(self):
-        unet = microworld_denoiser(context_width=64, map_channels=16)
+        unet = microworld_denoiser(context_width=64, map_channels=48)
         with torch.no_grad():
-            assert unet(torch.zeros(1, 28, 32, 32), 0, torch.zeros(1, 16, 64)).sample.shape == (1, 12, 32, 32)
+            assert unet(torch.zeros(1, 96, 16, 16), 0, torch.zeros(1, 16, 64)).sample.shape == (1, 48, 16, 16)
         assert sum(value.numel() for value in unet.parameters()) < 4e6
 
     def test_parts_must_fit(self):

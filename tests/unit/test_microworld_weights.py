@@ -56,9 +56,10 @@ def test_the_language_model_knows_its_names() -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     model = AutoModelForCausalLM.from_pretrained(shipped("llm"), dtype=torch.float32, use_safetensors=True)
-    scores = score_language_model(model, AutoTokenizer.from_pretrained(shipped("llm")), each=2, seed=11)
+    scores = score_language_model(model, AutoTokenizer.from_pretrained(shipped("llm")), each=2, seed=11, scenes=SAMPLES)
     card = read_card(shipped("llm")).scores
     assert scores["names_in_text"] >= max(0.95, card["names_in_text"] - SLACK)
+    assert scores["told_scenes"] >= card["told_scenes"] - SLACK
     assert scores["perplexity"] <= 1.1 * card["perplexity"]
 
 

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from metamorph.cli.terminal import quiet_libraries
+from metamorph.cli.terminal import quiet_libraries, show_table
 
 
 def register(app: typer.Typer) -> None:
@@ -30,7 +30,6 @@ def run(
     from metamorph.microworld.demo import Demo, clear, run_demo
     from metamorph.microworld.report import summary_table, verdict
     from metamorph.recipes.microworld import microworld_demo
-    from metamorph.reporting.tables import to_rich
 
     console = Console(stderr=True)
     for part in ("llm", "encoder"):
@@ -47,7 +46,7 @@ def run(
         console.print("\nStopped. The same command goes on from the last checkpoint.")
         raise typer.Exit(130) from None
     shown = Console()
-    shown.print(to_rich(summary_table(outcome.report, "demo")))
+    show_table(summary_table(outcome.report, "demo"))
     shown.print(verdict(outcome.report), markup=False)
     shown.print(f"\nWhat to try next:\n{outcome.next_steps}\n", markup=False, highlight=False)
     shown.print(f"The report: {outcome.page} (open it in a browser) and {outcome.json}", markup=False, highlight=False, soft_wrap=True)

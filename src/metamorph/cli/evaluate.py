@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from metamorph.cli.terminal import quiet_libraries
+from metamorph.cli.terminal import quiet_libraries, show_table
 
 
 def register(app: typer.Typer) -> None:
@@ -33,7 +33,6 @@ def run(
     from metamorph.microworld.components import shipped
     from metamorph.microworld.measuring import Measured, measure
     from metamorph.microworld.report import summary_table, verdict
-    from metamorph.reporting.tables import to_rich
 
     own = model / "decoder" if model is not None else None
     chosen = Measured(
@@ -51,6 +50,6 @@ def run(
         told=lambda line: console.print(line, highlight=False, markup=False),
     )
     shown = Console()
-    shown.print(to_rich(summary_table(report, "shipped")))
+    show_table(summary_table(report, "shipped"))
     shown.print(verdict(report), markup=False)
     shown.print(f"Written: {output}", markup=False, highlight=False, soft_wrap=True)

@@ -1,13 +1,27 @@
-"""What the longer commands share on the terminal: libraries that keep quiet, so that only our own lines are seen."""
+"""What the longer commands share on the terminal: libraries that keep quiet, and tables whose names are never cut."""
 
 from __future__ import annotations
 
 import os
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from metamorph.reporting.tables import Table
 
 _QUIET = {"TRANSFORMERS_VERBOSITY": "error", "DIFFUSERS_VERBOSITY": "error", "TQDM_DISABLE": "1"}
+_WIDTH = 110  # columns that the widest table needs
 
 
 def quiet_libraries() -> None:
     """Ask transformers and diffusers for errors only, and no bars; must come before they are imported. A user's own setting is kept."""
     for name, value in _QUIET.items():
         os.environ.setdefault(name, value)
+
+
+def show_table(table: Table) -> None:
+    """Print a table to stdout; in a narrow terminal its lines wrap, but no name or figure is cut."""
+    from rich.console import Console
+
+    from metamorph.reporting.tables import to_rich
+
+    Console(width=max(Console().width, _WIDTH)).print(to_rich(table))

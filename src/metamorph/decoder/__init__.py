@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from metamorph.decoder.batches import DecoderBatch, DecoderStream
     from metamorph.decoder.conditioning import VisualConditioner
     from metamorph.decoder.denoiser import build_denoiser, build_scheduler, microworld_denoiser, widen_input
-    from metamorph.decoder.objective import DecoderModel, Objective, decoder_step
+    from metamorph.decoder.objective import DecoderModel, Objective, decoder_step, sketch_step
     from metamorph.decoder.pipeline import VisualDecoderPipeline
     from metamorph.decoder.starts import from_base, from_stable_diffusion
 
@@ -28,6 +28,7 @@ _HOME = {
     "from_base": "starts",
     "from_stable_diffusion": "starts",
     "microworld_denoiser": "denoiser",
+    "sketch_step": "objective",
     "widen_input": "denoiser",
 }
 
@@ -45,6 +46,7 @@ __all__ = [
     "from_base",
     "from_stable_diffusion",
     "microworld_denoiser",
+    "sketch_step",
     "widen_input",
 ]
 

@@ -15,6 +15,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from metamorph.decoder.library import ConfigMixin, ModelMixin, register_to_config
+from metamorph.decoder.spatial import SpatialPath, unit_reader
 from metamorph.errors import AlignmentError, ConfigError
 
 
@@ -23,32 +24,12 @@ class Condition(NamedTuple):
 
     context: Float[Tensor, "n l c"]
     map: Float[Tensor, "n m s s"] | None
+    sketch: Float[Tensor, "n m s s"] | None = None
+    """A first guess of the clean sample; the denoiser then predicts only what it lacks."""
 
     def where(self, keep: Tensor) -> Condition:
         """The condition of the images where `keep` "n" is true, zeros elsewhere."""
-        context = self.context * keep[:, None, None].to(self.context.dtype)
-        return Condition(context, None if self.map is None else self.map * keep[:, None, None, None].to(self.map.dtype))
-
-
-class SpatialPath(nn.Module):
-    """Lays the tokens out as a grid and lets each describe its own patch of the sample, knowing its neighbours (sub-pixel upsampling).
-
-    Cross-attention alone learns what is in an image long before it learns where; the layout is given at once by a map.
-    """
-
-    def __init__(self, visual_width: int, hidden_size: int, channels: int, grid: int, sample_size: int):
-        super().__init__()
-        self.grid, self.factor = grid, sample_size // grid
-        self.read = nn.Sequential(nn.Linear(visual_width, hidden_size), nn.LayerNorm(hidden_size), nn.SiLU())
-        self.mix = nn.Conv2d(hidden_size, hidden_size, 3, padding=1)
-        self.expand = nn.Conv2d(hidden_size, channels * self.factor**2, 1)
-        self.smooth = nn.Conv2d(channels, channels, 3, padding=1)
-
-    def forward(self, tokens: Float[Tensor, "n k v"]) -> Float[Tensor, "n m s s"]:
-        """The map of each image."""
-        cells = self.read(tokens).transpose(1, 2).unflatten(2, (self.grid, self.grid))
-        cells = cells + F.silu(self.mix(cells))
-        return self.smooth(F.pixel_shuffle(self.expand(cells), self.factor))
+        return Condition(*(None if one is None else one * keep.view(-1, *[1] * (one.ndim - 1)).to(one.dtype) for one in self))
 
 
 class VisualConditioner(ModelMixin, ConfigMixin):
@@ -56,8 +37,10 @@ class VisualConditioner(ModelMixin, ConfigMixin):
 
     The projector is the paper's (v -> hidden -> c, LayerNorm and ReLU between, LayerNorm last), and so are the zero rows up to `pad_to`.
 
+    With `sketch` the map is a first guess of the picture itself, whose error is added to the loss, and the denoiser adds what it lacks.
+
     Raises:
-        ConfigError: the tokens form no square grid, or the grid does not divide `sample_size`.
+        ConfigError: the tokens form no square grid, the grid does not divide `sample_size`, or `map_fold`^2 not `map_channels`.
     """
 
     config_name = "config.json"
@@ -72,11 +55,14 @@ class VisualConditioner(ModelMixin, ConfigMixin):
         pad_to: int | None = None,
         map_channels: int = 0,
         map_hidden_size: int = 128,
+        map_fold: int = 1,
+        map_colours: int = 6,
+        sketch: bool = False,
         sample_size: int = 32,
     ):
         super().__init__()
         self.projector = nn.Sequential(
-            nn.Linear(visual_width, hidden_size),
+            unit_reader(visual_width, hidden_size),
             nn.LayerNorm(hidden_size),
             nn.ReLU(),
             nn.Linear(hidden_size, context_width),
@@ -94,7 +80,12 @@ class VisualConditioner(ModelMixin, ConfigMixin):
                     f"{num_visual_tokens} visual tokens but a square grid that divides sample_size={sample_size} is needed "
                     "(decoder conditioner). Set map_channels=0 or choose other sizes."
                 )
-            self.spatial = SpatialPath(visual_width, map_hidden_size, map_channels, grid, sample_size)
+            if map_channels % map_fold**2:
+                raise ConfigError(
+                    f"map_channels={map_channels} but a multiple of map_fold^2 = {map_fold**2} is needed (decoder conditioner). "
+                    "Choose other sizes."
+                )
+            self.spatial = SpatialPath(visual_width, map_hidden_size, map_channels, grid, sample_size, map_fold, map_colours)
 
     def forward(self, visual_tokens: Float[Tensor, "n k v"]) -> Condition:
         """Context and map of each image.
@@ -111,7 +102,8 @@ class VisualConditioner(ModelMixin, ConfigMixin):
         context = self.projector(visual_tokens)
         if pad_to := self.config["pad_to"]:
             context = F.pad(context, (0, 0, 0, pad_to - context.shape[1]))
-        return Condition(context, None if self.spatial is None else self.spatial(visual_tokens))
+        layout = None if self.spatial is None else self.spatial(visual_tokens)
+        return Condition(context, layout, layout if self.config["sketch"] else None)
 
 
 def given_context(context: Float[Tensor, "n l c"], map_channels: int, sample_size: int) -> Condition:

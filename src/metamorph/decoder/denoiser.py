@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from metamorph.decoder.library import AutoencoderKL, DDIMScheduler, FlowMatchEulerDiscreteScheduler, Scheduler, UNet2DConditionModel
 from metamorph.errors import ConfigError
 
-Prediction = Literal["flow", "epsilon", "v_prediction"]
+Prediction = Literal["flow", "epsilon", "v_prediction", "sample"]
 
 
 def build_denoiser(
@@ -68,14 +68,9 @@ def build_denoiser(
 
 
 def microworld_denoiser(context_width: int = 128, map_channels: int = 0) -> UNet2DConditionModel:
-    """The microworld's: 64 x 64 pixels as 12 x 32 x 32, attention at the coarsest resolution only, made for one CPU core."""
+    """The microworld's: 64 x 64 pixels as 48 x 16 x 16, attention at the coarser resolution only, made for one CPU core."""
     return build_denoiser(
-        image_size=64,
-        patch=2,
-        context_width=context_width,
-        channels=(32, 64, 96),
-        attention=(False, False, True),
-        map_channels=map_channels,
+        image_size=64, patch=4, context_width=context_width, channels=(64, 64), attention=(False, True), map_channels=map_channels
     )
 
 
@@ -91,7 +86,7 @@ def build_scheduler(prediction: Prediction, *, time_shift: float = 1.0) -> Sched
         set_alpha_to_one=True,
         prediction_type=prediction,
         timestep_spacing="trailing",  # begins at pure noise, which matters with few steps
-        rescale_betas_zero_snr=prediction == "v_prediction",  # epsilon says nothing about the image at zero signal
+        rescale_betas_zero_snr=prediction != "epsilon",  # epsilon says nothing about the image at zero signal
     )
 
 
@@ -104,8 +99,10 @@ def prediction_of(scheduler: Scheduler) -> Prediction:
     if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
         return "flow"
     found = scheduler.config["prediction_type"]
-    if found not in ("epsilon", "v_prediction"):
-        raise ConfigError(f"prediction_type={found!r} but epsilon or v_prediction is needed (decoder scheduler). Choose another scheduler.")
+    if found not in ("epsilon", "v_prediction", "sample"):
+        raise ConfigError(
+            f"prediction_type={found!r} but epsilon, v_prediction or sample is needed (decoder scheduler). Choose another scheduler."
+        )
     return found
 
 

@@ -92,6 +92,7 @@ class DecoderModel(nn.Module):
         self.space = SampleSpace(unet, self.vae)
         self.prediction = prediction_of(scheduler)
         self.map_channels = check_parts(unet, conditioner)
+        check_sketch(unet, scheduler, conditioner)
 
     def train(self, mode: bool = True) -> DecoderModel:
         """Set the mode of all but the VAE, which is always frozen."""
@@ -101,19 +102,39 @@ class DecoderModel(nn.Module):
         return self
 
     def loss_terms(self, batch: DecoderBatch) -> dict[str, LossTerm]:
-        """{"decoder": mean squared error of each image, summed over images}.
+        """{"decoder": mean squared error of each image, and of its sketch if there is one, summed over images}.
 
         Raises:
             ConfigError: visual tokens but no conditioner.
         """
-        draws = draw(batch.seeds, self.objective, self.space.shape, None if batch.tokens is None else tuple(batch.tokens.shape[1:]))
-        draws = Draws(*(None if one is None else one.to(batch.pixels.device) for one in draws))
+        draws = self.draws(batch)
         clean = self.space.encode(batch.pixels, draws.latent_noise)
         noisy, timesteps, target = noised(self.scheduler, clean, draws.noise, draws.time)
-        condition = self.condition(batch, draws.token_noise).where(draws.keep)
-        predicted = denoise(self.unet, noisy, timesteps, condition, batch.context_mask)
-        errors = (predicted.float() - target.float()).square().flatten(1).mean(dim=1)
+        condition = self.condition(batch, draws.token_noise)
+        predicted = denoise(self.unet, noisy, timesteps, condition.where(draws.keep), batch.context_mask)
+        errors = squared_error(predicted, target)
+        if condition.sketch is not None:
+            errors = errors + squared_error(condition.sketch, clean)
         return {"decoder": LossTerm(errors.sum(), torch.tensor(len(errors), device=errors.device))}
+
+    def sketch_terms(self, batch: DecoderBatch) -> dict[str, LossTerm]:
+        """{"decoder": the error of the sketch alone}, without a call of the denoiser: a cheap first stage for the spatial path.
+
+        Raises:
+            ConfigError: the conditioner makes no sketch.
+        """
+        draws = self.draws(batch)
+        sketch = self.condition(batch, draws.token_noise).sketch
+        if sketch is None:
+            raise ConfigError("a conditioner without sketch but its training was asked for (decoder). Set sketch: true.")
+        errors = squared_error(sketch, self.space.encode(batch.pixels, draws.latent_noise))
+        return {"decoder": LossTerm(errors.sum(), torch.tensor(len(errors), device=errors.device))}
+
+    def draws(self, batch: DecoderBatch) -> Draws:
+        """All that is random about a batch, on its device."""
+        token_shape = None if batch.tokens is None else tuple(batch.tokens.shape[1:])
+        drawn = draw(batch.seeds, self.objective, self.space.shape, token_shape)
+        return Draws(*(None if one is None else one.to(batch.pixels.device) for one in drawn))
 
     def condition(self, batch: DecoderBatch, token_noise: Float[Tensor, "n k v"] | None = None) -> Condition:
         """What the batch says about its images; noise on the tokens keeps their length."""
@@ -129,9 +150,19 @@ class DecoderModel(nn.Module):
         return self.conditioner(tokens)
 
 
+def squared_error(predicted: Float[Tensor, "n p s s"], target: Float[Tensor, "n p s s"]) -> Float[Tensor, " n"]:
+    """Mean squared error of each image."""
+    return (predicted.float() - target.float()).square().flatten(1).mean(dim=1)
+
+
 def decoder_step(model: DecoderModel, batch: DecoderBatch) -> dict[str, LossTerm]:
     """The step function that the training loop takes."""
     return model.loss_terms(batch)
+
+
+def sketch_step(model: DecoderModel, batch: DecoderBatch) -> dict[str, LossTerm]:
+    """The step function of a first stage that trains the sketch alone."""
+    return model.sketch_terms(batch)
 
 
 def check_parts(unet: UNet2DConditionModel, conditioner: VisualConditioner | None) -> int:
@@ -152,6 +183,23 @@ def check_parts(unet: UNet2DConditionModel, conditioner: VisualConditioner | Non
     return map_channels
 
 
+def check_sketch(unet: UNet2DConditionModel, scheduler: Scheduler, conditioner: VisualConditioner | None) -> None:
+    """A sketch is a guess of the clean sample: it needs the sample's channels, and a denoiser that predicts the clean sample.
+
+    Raises:
+        ConfigError: otherwise.
+    """
+    if conditioner is None or not conditioner.config["sketch"]:
+        return
+    found = (conditioner.config["map_channels"], prediction_of(scheduler))
+    expected = (unet.config["out_channels"], "sample")
+    if found != expected:
+        raise ConfigError(
+            f"a sketch with {found[0]} channels and {found[1]} prediction but {expected[0]} channels and sample prediction are needed "
+            "(decoder). Set map_channels and the scheduler's prediction_type, or sketch: false."
+        )
+
+
 def noised(
     scheduler: Scheduler, clean: Float[Tensor, "n p s s"], noise: Float[Tensor, "n p s s"], time: Float[Tensor, " n"]
 ) -> tuple[Float[Tensor, "n p s s"], Tensor, Float[Tensor, "n p s s"]]:
@@ -162,7 +210,10 @@ def noised(
         return (1 - level) * clean + level * noise, time * num_timesteps, noise - clean
     timesteps = (time * num_timesteps).long().clamp(max=num_timesteps - 1)
     noisy = scheduler.add_noise(clean, noise, timesteps)  # pyright: ignore[reportArgumentType]
-    target = noise if prediction_of(scheduler) == "epsilon" else scheduler.get_velocity(clean, noise, timesteps)  # pyright: ignore[reportArgumentType]
+    targets = {"epsilon": noise, "sample": clean}
+    target = targets.get(prediction_of(scheduler))
+    if target is None:
+        target = scheduler.get_velocity(clean, noise, timesteps)  # pyright: ignore[reportArgumentType]
     return noisy, timesteps, target
 
 
@@ -173,7 +224,8 @@ def denoise(
     condition: Condition,
     context_mask: Bool[Tensor, "n l"] | None = None,
 ) -> Float[Tensor, "n p s s"]:
-    """The denoiser's prediction; it reads the map as more channels of its input."""
+    """The denoiser's prediction; it reads the map as more channels of its input, and adds to the sketch if there is one."""
     read = noisy if condition.map is None else torch.cat([noisy, condition.map.to(noisy.dtype)], dim=1)
     read = read.contiguous(memory_format=torch.channels_last)  # convolutions keep this order; about a tenth faster on a CPU
-    return unet(read, timesteps, condition.context, encoder_attention_mask=context_mask).sample
+    predicted = unet(read, timesteps, condition.context, encoder_attention_mask=context_mask).sample
+    return predicted if condition.sketch is None else predicted + condition.sketch

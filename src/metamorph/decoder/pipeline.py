@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from metamorph.decoder.conditioning import Condition, VisualConditioner, given_context
 from metamorph.decoder.denoiser import SampleSpace
 from metamorph.decoder.library import AutoencoderKL, DiffusionPipeline, FlowMatchEulerDiscreteScheduler, Scheduler, UNet2DConditionModel
-from metamorph.decoder.objective import DecoderModel, check_parts, denoise
+from metamorph.decoder.objective import DecoderModel, check_parts, check_sketch, denoise
 from metamorph.errors import AlignmentError, ConfigError
 
 
@@ -43,6 +43,7 @@ class VisualDecoderPipeline(DiffusionPipeline):
         super().__init__()
         self.register_modules(conditioner=conditioner, unet=unet, scheduler=scheduler, vae=vae)
         check_parts(unet, conditioner)
+        check_sketch(unet, scheduler, conditioner)
         self.set_progress_bar_config(disable=True)
 
     @classmethod

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
+
 from metamorph.decoder.conditioning import VisualConditioner
 from metamorph.decoder.denoiser import widen_input
 from metamorph.decoder.library import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
@@ -18,9 +20,19 @@ def from_base(
     hidden_size: int = 256,
     map_channels: int = 16,
     map_hidden_size: int = 128,
+    map_colours: int = 6,
+    sketch: bool = False,
     objective: Objective | None = None,
 ) -> DecoderModel:
-    """A decoder whose denoiser starts as a copy of the base's and reads `map_channels` more, with zero weights; its conditioner is new."""
+    """A decoder whose denoiser starts as a copy of the base's and reads `map_channels` more, with zero weights; its conditioner is new.
+
+    With `sketch` (in pixel space: the map has as many channels as the sample) the last layer begins at zero, so that the first pictures
+    are the sketch itself.
+    """
+    fold = 1
+    if sketch:
+        map_channels = base.space.channels
+        fold = base.space.patch if base.vae is None else 1
     conditioner = VisualConditioner(
         visual_width=visual_width,
         context_width=base.unet.config["cross_attention_dim"],
@@ -28,9 +40,15 @@ def from_base(
         hidden_size=hidden_size,
         map_channels=map_channels,
         map_hidden_size=map_hidden_size,
+        map_fold=fold,
+        map_colours=map_colours,
+        sketch=sketch,
         sample_size=base.unet.config["sample_size"],
     )
     unet = widen_input(base.unet, map_channels - base.map_channels)
+    if sketch:
+        for value in unet.conv_out.parameters():
+            torch.nn.init.zeros_(value)
     return DecoderModel(unet, base.scheduler, conditioner, base.vae, objective or base.objective)
 
 

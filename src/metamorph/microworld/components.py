@@ -25,9 +25,11 @@ from metamorph.microworld.language import (
     language_step,
     name_questions,
     text_perplexity,
+    told_scene_questions,
 )
 from metamorph.microworld.names import named_looks
 from metamorph.microworld.probes import GATED, run_probes
+from metamorph.microworld.token_labels import TokenReader
 from metamorph.microworld.tokenizer import build_tokenizer
 from metamorph.microworld.vision import NUM_VISUAL_TOKENS, DenseCaptioner, EncoderTraining, build_siglip, encoder_batch, encoder_step
 from metamorph.training.config import TrainingConfig
@@ -41,20 +43,22 @@ if TYPE_CHECKING:
 WEIGHTS = Path(__file__).parent / "weights"
 PARTS = ("llm", "encoder", "base", "decoder")
 NAMES_GATE, PROBE_GATE = 0.95, 0.97
+ROW_LENGTH = 192  # positions of a row of text: the longest dialogue about a told scene fits
 
 LANGUAGE_TRAINING = TrainingConfig(
-    steps=1400, batch_size=32, learning_rate=2e-3, warmup_ratio=0.1, min_learning_rate_ratio=0.02, weight_decay=0.05,
+    steps=2400, batch_size=16, learning_rate=2e-3, warmup_ratio=0.05, min_learning_rate_ratio=0.02, weight_decay=0.05,
     betas=(0.9, 0.98), precision="float32", checkpoint_every=200, log_every=25,
 )  # fmt: skip
 ENCODER_TRAINING = TrainingConfig(
-    steps=3600, batch_size=64, learning_rate=1.5e-3, warmup_ratio=0.083, min_learning_rate_ratio=0.02, weight_decay=0.02,
+    steps=2600, batch_size=64, learning_rate=1.5e-3, warmup_ratio=0.083, min_learning_rate_ratio=0.02, weight_decay=0.02,
     betas=(0.9, 0.98), loss_weights={"contrastive": 0.1}, precision="float32", checkpoint_every=200, log_every=25,
 )  # fmt: skip
 BASE_TRAINING = TrainingConfig(
     steps=450, batch_size=32, learning_rate=1e-3, warmup_ratio=0.05, min_learning_rate_ratio=0.05, weight_decay=0.01,
     precision="float32", checkpoint_every=200, log_every=25,
 )  # fmt: skip
-DECODER_TRAINING = BASE_TRAINING.model_copy(update={"steps": 2000, "learning_rate": 1.5e-3})
+SKETCH_TRAINING = BASE_TRAINING.model_copy(update={"steps": 3000, "learning_rate": 2e-3, "warmup_ratio": 0.02, "log_every": 50})
+DECODER_TRAINING = BASE_TRAINING.model_copy(update={"steps": 1200})
 
 
 def shipped(name: str) -> Path:
@@ -153,7 +157,7 @@ def _build_language_model(settings: Build) -> None:
     config = LANGUAGE_TRAINING
 
     def make(step: int) -> Any:
-        return language_batch(tokenizer, config.batch_size, 128, np.random.default_rng([1, settings.seed, step]))
+        return language_batch(tokenizer, config.batch_size, ROW_LENGTH, np.random.default_rng([1, settings.seed, step]))
 
     settings.run("llm", language_step, model, make, config)
     scores = score_language_model(model, tokenizer)
@@ -164,13 +168,16 @@ def _build_language_model(settings: Build) -> None:
     _save(settings, "llm", f"Llama ({settings.size}) pretrained on the microworld's text", config, scores)
 
 
-def score_language_model(model: Any, tokenizer: PreTrainedTokenizerFast, each: int = 4, seed: int = 5) -> dict[str, float]:
-    """Share of right answers about names, asked in text, and perplexity on fresh documents."""
+def score_language_model(
+    model: Any, tokenizer: PreTrainedTokenizerFast, each: int = 4, seed: int = 5, scenes: int = 450
+) -> dict[str, float]:
+    """Share of right answers about names and about scenes told in words, all in text, and perplexity on fresh documents."""
     model.eval()
-    asked = name_questions(named_looks(), seed, each)
-    answers = answers_in_text(model, tokenizer, [question for question, _ in asked])
-    right = [said.strip() == answer for said, (_, answer) in zip(answers, asked, strict=True)]
-    return {"names_in_text": float(np.mean(right)), "perplexity": text_perplexity(model, tokenizer, seed)}
+    scores = {}
+    for name, asked in (("names_in_text", name_questions(named_looks(), seed, each)), ("told_scenes", told_scene_questions(scenes, seed))):
+        answers = answers_in_text(model, tokenizer, [question for question, _ in asked])
+        scores[name] = float(np.mean([said.strip() == answer for said, (_, answer) in zip(answers, asked, strict=True)]))
+    return {**scores, "perplexity": text_perplexity(model, tokenizer, seed)}
 
 
 # ---- encoder ------------------------------------------------------------------------------------------------
@@ -198,7 +205,8 @@ def _build_encoder(settings: Build) -> None:
     side = siglip.config.vision_config.image_size // siglip.config.vision_config.patch_size
     vision = microworld_vision(siglip)
     siglip.requires_grad_(True)  # a VisionEncoder freezes its encoder; here it is what is trained
-    model = EncoderTraining(siglip, lambda states: vision.pool(states.unflatten(1, (side, side))), DenseCaptioner(len(tokenizer)))
+    heads = DenseCaptioner(len(tokenizer)), TokenReader(siglip.config.vision_config.hidden_size)
+    model = EncoderTraining(siglip, lambda states: vision.pool(states.unflatten(1, (side, side))), *heads)
 
     def make(step: int) -> Any:
         return encoder_batch(tokenizer, ENCODER_TRAINING.batch_size, np.random.default_rng([2, settings.seed, step]))
@@ -248,15 +256,17 @@ def _build_base(settings: Build) -> None:
 
 
 def _build_decoder(settings: Build) -> None:
-    from metamorph.decoder import VisualDecoderPipeline, WeightAverage, decoder_step
+    from metamorph.decoder import VisualDecoderPipeline, WeightAverage, decoder_step, sketch_step
     from metamorph.microworld.diffusion import decoder_batches, decoder_from_base
 
     siglip, _ = load_encoder(settings.out / "encoder")
     vision = microworld_vision(siglip)
     torch.manual_seed(settings.seed + 3)
     model = decoder_from_base(settings.out / "base")
-    average = WeightAverage(model, decay=0.998)
     make = decoder_batches(vision, DECODER_TRAINING.batch_size, settings.seed)
+    settings.run("sketch", sketch_step, model, make, SKETCH_TRAINING)
+    average = WeightAverage(model, decay=0.998)
+    make = decoder_batches(vision, DECODER_TRAINING.batch_size, settings.seed + 1)  # other pictures than the sketch saw
     settings.run("decoder", decoder_step, model, make, DECODER_TRAINING, companions={"average": average})
     average.copy_to(model)
     pipeline = VisualDecoderPipeline.from_model(model)

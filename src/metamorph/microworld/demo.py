@@ -21,7 +21,7 @@ from metamorph.microworld.cards import hash_weights
 from metamorph.microworld.report import MOMENTS, demo_page, demo_report
 from metamorph.microworld.report_curves import read_band
 from metamorph.microworld.report_samples import sample_blocks
-from metamorph.microworld.subject import Subject
+from metamorph.microworld.subject import DENOISING_STEPS, Subject
 from metamorph.microworld.suite import MODEL_FREE, combine, evaluation_tasks
 from metamorph.pipeline import MetaMorphPipeline
 from metamorph.reporting.page import write
@@ -60,7 +60,7 @@ class Demo:
     seed: int = 0
     samples: Mapping[str, int] = field(default_factory=dict)
     few: bool = False
-    steps: int = 10  # denoiser calls for each drawing
+    steps: int = DENOISING_STEPS
 
 
 @dataclass(frozen=True)

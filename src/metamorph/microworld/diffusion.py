@@ -16,7 +16,7 @@ from torch import Tensor
 
 from metamorph.decoder.batches import DecoderBatch, image_seeds
 from metamorph.microworld.scenes import crop_cell, render
-from metamorph.microworld.vision import ENCODER_RULES, NUM_VISUAL_TOKENS, TEXT_LENGTH, WIDTH, picture_and_texts, to_pixels
+from metamorph.microworld.vision import ENCODER_RULES, NUM_VISUAL_TOKENS, TEXT_LENGTH, WIDTH, to_pixels, training_picture
 from metamorph.microworld.world import choose, sample_scene
 
 if TYPE_CHECKING:
@@ -29,16 +29,16 @@ _CROP_RATE = 0.15
 
 
 def new_base() -> DecoderModel:
-    """A fresh text-conditioned denoiser with a flow-matching scheduler."""
+    """A fresh text-conditioned denoiser that predicts the clean picture."""
     from metamorph.decoder.denoiser import build_scheduler, microworld_denoiser
     from metamorph.decoder.objective import DecoderModel, Objective
 
     objective = Objective(times="uniform", time_shift=2.0, condition_dropout=0.1)
-    return DecoderModel(microworld_denoiser(WIDTH), build_scheduler("flow", time_shift=2.0), objective=objective)
+    return DecoderModel(microworld_denoiser(WIDTH), build_scheduler("sample"), objective=objective)
 
 
 def decoder_from_base(base: Path) -> DecoderModel:
-    """A decoder that starts from a saved text-conditioned base, with a spatial path beside cross-attention."""
+    """A decoder that starts from a saved text-conditioned base; its spatial path sketches the picture, which the denoiser completes."""
     from metamorph.decoder.objective import DecoderModel, Objective
     from metamorph.decoder.pipeline import VisualDecoderPipeline
     from metamorph.decoder.starts import from_base
@@ -47,7 +47,8 @@ def decoder_from_base(base: Path) -> DecoderModel:
     # Noise on the condition, because at inference it gets tokens that a language model predicted.
     objective = Objective(times="uniform", time_shift=2.0, condition_dropout=0.1, condition_noise=0.15)
     start = DecoderModel(pipeline.unet, pipeline.scheduler)
-    return from_base(start, visual_width=WIDTH, num_visual_tokens=NUM_VISUAL_TOKENS, objective=objective)
+    sizes = {"visual_width": WIDTH, "num_visual_tokens": NUM_VISUAL_TOKENS, "map_hidden_size": 256}
+    return from_base(start, **sizes, sketch=True, objective=objective)
 
 
 def base_batches(siglip: SiglipModel, tokenizer: PreTrainedTokenizerFast, size: int, seed: int = 0) -> Callable[[int], DecoderBatch]:
@@ -55,7 +56,8 @@ def base_batches(siglip: SiglipModel, tokenizer: PreTrainedTokenizerFast, size: 
 
     def make(step: int) -> DecoderBatch:
         rng = np.random.default_rng([_BASE_SEED, seed, step])
-        pictures, captions, _, _ = (list(column) for column in zip(*(picture_and_texts(rng) for _ in range(size)), strict=True))
+        shown = [training_picture(rng) for _ in range(size)]
+        pictures, captions = [one.pixels for one in shown], [one.caption for one in shown]
         texts = tokenizer(captions, padding="max_length", truncation=True, max_length=TEXT_LENGTH, return_tensors="pt")
         with torch.no_grad():
             context = siglip.text_model(input_ids=texts["input_ids"]).last_hidden_state

@@ -16,9 +16,10 @@ from torch import Tensor
 from metamorph.batch import IGNORE_INDEX
 from metamorph.losses import LossTerm, text_cross_entropy
 from metamorph.microworld.names import NamedLook
-from metamorph.microworld.questions import ask_about_name
+from metamorph.microworld.questions import SCORED, ask_about_name
 from metamorph.microworld.text import document
 from metamorph.microworld.tokenizer import END, MAX_LENGTH, ROLE_TOKENS
+from metamorph.microworld.world import SceneRules, caption, sample_scene
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
@@ -40,6 +41,7 @@ def build_llama(size: LanguageSize, tokenizer: PreTrainedTokenizerFast) -> Llama
         vocab_size=len(tokenizer),
         max_position_embeddings=MAX_LENGTH,
         tie_word_embeddings=True,
+        initializer_range=0.08,  # about 1 / sqrt(width); with the usual 0.02, made for wide models, reading a told scene comes much later
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,
@@ -47,12 +49,21 @@ def build_llama(size: LanguageSize, tokenizer: PreTrainedTokenizerFast) -> Llama
     return LlamaForCausalLM(config)
 
 
-def document_text(rng: np.random.Generator) -> str:
-    """One document as the text that is tokenized: what the chat template writes, or plain text and the end token."""
+def document_parts(rng: np.random.Generator) -> list[tuple[str, bool]]:
+    """One document in pieces, as the chat template writes them, each with whether the model learns to say it.
+
+    Of a dialogue it learns what the assistant says: questions about random scenes cannot be foreseen, and their loss would drown that
+    of the few words that answer them.
+    """
     text = document(rng)
     if isinstance(text, str):
-        return text + END
-    return "".join(ROLE_TOKENS[role] + said + END for role, said in text)
+        return [(text + END, True)]
+    return [piece for role, said in text for piece in ((ROLE_TOKENS[role], False), (said + END, role == "assistant"))]
+
+
+def document_text(rng: np.random.Generator) -> str:
+    """One document as the text that is tokenized."""
+    return "".join(piece for piece, _ in document_parts(rng))
 
 
 @dataclass
@@ -71,24 +82,36 @@ class LanguageBatch:
 
 
 def language_batch(tokenizer: PreTrainedTokenizerFast, rows: int, length: int, rng: np.random.Generator) -> LanguageBatch:
-    """Rows of `length` positions. `labels` hold the next id, none across a border of documents."""
+    """Rows of `length` positions. `labels` hold the next id where it is learnt, none across a border of documents."""
     ids = torch.full((rows, length), int(tokenizer.pad_token_id))
     positions = torch.zeros((rows, length), dtype=torch.long)
     labels = torch.full((rows, length), IGNORE_INDEX)
-    texts = [document_text(rng) for _ in range(rows * length // 24)]  # more than fit: one call of the tokenizer is fast
-    documents = iter(tokenizer(texts)["input_ids"])
+    documents = iter(_tokenized([document_parts(rng) for _ in range(rows * length // 24)], tokenizer))  # more than fit
     for row in range(rows):
         filled = 0
-        for document_ids in documents:
-            fresh = torch.tensor(document_ids)
+        for fresh, targets in documents:
             if filled + len(fresh) > length:
                 break
             part = slice(filled, filled + len(fresh))
             ids[row, part], positions[row, part] = fresh, torch.arange(len(fresh))
-            labels[row, filled : filled + len(fresh) - 1] = fresh[1:]
+            labels[row, filled : filled + len(fresh) - 1] = targets[1:]
             filled += len(fresh)
         positions[row, filled:] = torch.arange(length - filled)
     return LanguageBatch(ids, positions, labels, target_counts={"text": int((labels != IGNORE_INDEX).sum())})
+
+
+def _tokenized(
+    chats: list[list[tuple[str, bool]]], tokenizer: PreTrainedTokenizerFast
+) -> list[tuple[Int64[Tensor, " t"], Int64[Tensor, " t"]]]:
+    """Ids of each document, and the same with those masked that are not learnt. One call of the tokenizer for all is fast."""
+    pieces = iter(tokenizer([piece for chat in chats for piece, _ in chat])["input_ids"])
+    found = []
+    for chat in chats:
+        parts = [(next(pieces), learnt) for _, learnt in chat]
+        ids = torch.tensor([one for part, _ in parts for one in part])
+        targets = torch.tensor([one if learnt else IGNORE_INDEX for part, learnt in parts for one in part])
+        found.append((ids, targets))
+    return found
 
 
 def language_step(model: LlamaForCausalLM, batch: LanguageBatch) -> dict[str, LossTerm]:
@@ -114,6 +137,17 @@ def name_questions(named: tuple[NamedLook, ...], seed: int, each: int) -> list[t
     rng = np.random.default_rng(seed)
     asked = [ask_about_name(one, rng) for one in named for _ in range(each)]
     return [(question.text, question.answer) for question in asked]
+
+
+def told_scene_questions(count: int, seed: int) -> list[tuple[str, str]]:
+    """Questions and answers about scenes that are told in words, of each scored type as many as of any other."""
+    rng, asked = np.random.default_rng(seed), []
+    while len(asked) < count:
+        scene = sample_scene(rng, SceneRules(use="any", split=None))
+        question = list(SCORED.values())[len(asked) % len(SCORED)](scene, rng)
+        if question is not None:
+            asked.append((f"Think of {caption(scene, rng)}. {question.text}", question.answer))
+    return asked
 
 
 @torch.no_grad()

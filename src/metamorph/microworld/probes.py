@@ -75,15 +75,33 @@ def _fit(features: Tensor, labels: Tensor, values: int, hidden: int | None, seed
 
 
 def run_probes(encode: Encode, *, train: int = 6000, test: int = 1000, seed: int = 0) -> Mapping[str, float]:
-    """Accuracy on test scenes of a small MLP (the gated figure) and of a linear probe, for every attribute."""
+    """Accuracy on test scenes of a small MLP (the gated figure) and of a linear probe, for every attribute.
+
+    "_linear_single" is a linear probe on one token, asked about its own cell: what a language model can read without joining positions.
+    """
     tokens, truth = probe_data(encode, train, seed, "train")
     test_tokens, test_truth = probe_data(encode, test, seed + 1, "test")
     scores: dict[str, float] = {}
     for name, values in _VALUES.items():
+        seen, seen_test = _features(tokens, name), _features(test_tokens, name)
         for suffix, hidden in (("", 128), ("_linear", None)):
-            probe = _fit(_features(tokens, name), truth[name], len(values), hidden, seed)
-            kept = test_truth[name] != _NO_TARGET
-            with torch.no_grad():
-                guess = probe(_features(test_tokens, name)[kept]).argmax(-1)
-            scores[name + suffix] = round(float((guess == test_truth[name][kept]).float().mean()), 4)
+            scores[name + suffix] = _score(seen, truth[name], seen_test, test_truth[name], len(values), hidden, seed)
+    for name in ("shape", "colour", "size", "marking"):
+        ours, theirs = (_single(one, labels[name]) for one, labels in ((tokens, truth), (test_tokens, test_truth)))
+        scores[f"{name}_linear_single"] = _score(*ours, *theirs, len(_VALUES[name]), None, seed)
     return scores
+
+
+def _single(tokens: Float[Tensor, "n k v"], labels: Int64[Tensor, "n cells"]) -> tuple[Float[Tensor, "n k v"], Int64[Tensor, "n k"]]:
+    """Every token alone, with the label of the cell in which it lies."""
+    side = int(tokens.shape[1] ** 0.5)
+    cells = torch.tensor([2 * (2 * row // side) + 2 * column // side for row in range(side) for column in range(side)])
+    return tokens * tokens.shape[-1] ** 0.5, labels[:, cells]
+
+
+def _score(seen: Tensor, truth: Tensor, seen_test: Tensor, test_truth: Tensor, values: int, hidden: int | None, seed: int) -> float:
+    """Accuracy of a probe fitted to the one and asked about the other."""
+    probe, kept = _fit(seen, truth, values, hidden, seed), test_truth != _NO_TARGET
+    with torch.no_grad():
+        guess = probe(seen_test[kept]).argmax(-1)
+    return round(float((guess == test_truth[kept]).float().mean()), 4)

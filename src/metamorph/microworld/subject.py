@@ -26,6 +26,7 @@ from metamorph.model.state import DecodingOptions
 from metamorph.pipeline import MetaMorphPipeline
 
 ROWS = 64  # conversations that are answered side by side
+DENOISING_STEPS = 4  # for each drawing; ten are no better in this world (LAB_LOG.md, 2026-11-22)
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class Subject:
 
     pipeline: MetaMorphPipeline
     llm_before: Path
-    steps: int = 10  # denoiser calls for each drawing
+    steps: int = DENOISING_STEPS
 
     @torch.no_grad()
     def answer(self, conversations: Sequence[Sequence[Message]], *, allow_images: bool = True, max_new_tokens: int = 72) -> list[Answer]:

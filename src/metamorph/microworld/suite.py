@@ -41,7 +41,7 @@ _TASKS: tuple[tuple[str, Run, int, int], ...] = (
     ("edits", edits, 200, 500),
     ("next_frames", next_frames, 200, 500),
     ("visual_thinking", visual_thinking, 200, 500),
-    ("named_drawing", named_drawing, 50, 500),  # for each of the four groups of names
+    ("named_drawing", named_drawing, 200, 500),  # for each of the four groups of names
     ("puzzle_drawing", puzzle_drawing, 48, 48),  # all puzzles that there are
 )
 _BASELINES = ("blind", "chance", "copy_input", "swapped_crop")

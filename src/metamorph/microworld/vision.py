@@ -2,16 +2,18 @@
 
 Contrastive training alone leaves shape unreadable in the pooled, normalised visual tokens (measured: 27% by a
 linear probe at 100% contrastive accuracy). So a small captioning decoder reads exactly those tokens and spells
-out every cell, beside the sigmoid loss with hard negatives in which one attribute is changed.
+out every cell, and every single token names what stands in its own cell, beside the sigmoid loss with hard
+negatives in which one attribute is changed.
 
-Axes: b images, c those with captions, t and s positions of captions and dense captions, k visual tokens per image, v vision width.
+Axes: b images, c those with captions, t and s positions of captions and dense captions, k visual tokens per image, v vision width,
+a attributes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -21,6 +23,7 @@ from torch.nn import functional as F
 
 from metamorph.losses import LossTerm
 from metamorph.microworld.scenes import BACKGROUNDS, COLOURS, IMAGE_SIZE, SHAPES, SIZES, TINY, Scene, crop_cell, render
+from metamorph.microworld.token_labels import NO_LABEL, TokenReader, crop_labels, token_labels
 from metamorph.microworld.world import SceneRules, caption, choose, dense_caption, describe, sample_scene
 
 if TYPE_CHECKING:
@@ -75,28 +78,29 @@ class DenseCaptioner(nn.Module):
 
 
 class EncoderTraining(nn.Module):
-    """What is trained together: the SigLIP model that ships, and the captioner that does not."""
+    """What is trained together: the SigLIP model that ships, the captioner and the token reader that do not."""
 
-    def __init__(self, siglip: SiglipModel, pool: Callable[[Tensor], Tensor], captioner: DenseCaptioner) -> None:
+    def __init__(self, siglip: SiglipModel, pool: Callable[[Tensor], Tensor], captioner: DenseCaptioner, reader: TokenReader) -> None:
         super().__init__()
-        self.siglip, self.captioner, self.pool = siglip, captioner, pool
+        self.siglip, self.captioner, self.reader, self.pool = siglip, captioner, reader, pool
 
 
 @dataclass
 class EncoderBatch:
-    """Pixels, captions of the first c of them followed by as many hard negatives, and dense captions of all."""
+    """Pixels, captions of the first c of them followed by as many hard negatives, dense captions and token labels of all."""
 
     pixels: Float[Tensor, "b 3 h w"]
     texts: Int64[Tensor, "two_c t"]
     matches: Bool[Tensor, "c two_c"]
     dense: Int64[Tensor, "b s"]
+    labels: Int64[Tensor, "b k a"]
     pad_id: int
     ids: tuple[str, ...] = ()
     target_counts: dict[str, int] = field(default_factory=dict)
 
     def to(self, device: torch.device | str) -> EncoderBatch:
         """The batch on another device."""
-        moved = {name: getattr(self, name).to(device) for name in ("pixels", "texts", "matches", "dense")}
+        moved = {name: getattr(self, name).to(device) for name in ("pixels", "texts", "matches", "dense", "labels")}
         return replace(self, **moved)
 
 
@@ -115,16 +119,28 @@ def one_attribute_changed(scene: Scene, rng: np.random.Generator) -> Scene:
     return scene.with_object(replace(thing, shape=choose(rng, [s for s in SHAPES if s != thing.shape])))
 
 
-def picture_and_texts(rng: np.random.Generator) -> tuple[np.ndarray, str, str, str]:
-    """One training picture (some are crops), its caption, a hard negative, and its dense caption."""
+class TrainingPicture(NamedTuple):
+    """One picture with all that is said of it."""
+
+    pixels: np.ndarray
+    caption: str
+    negative: str
+    dense: str
+    labels: np.ndarray
+
+
+def training_picture(rng: np.random.Generator) -> TrainingPicture:
+    """A fresh picture (some are crops of one cell), its caption, a hard negative, its dense caption and token labels."""
     scene = sample_scene(rng, ENCODER_RULES)
     changed = one_attribute_changed(scene, rng)
     if rng.random() < CROP_RATE:
         thing = choose(rng, scene.objects)
         wrong = changed.at(thing.cell)
         texts = [f"close {describe(o)} on {s.background}" if o else "close nothing" for o, s in ((thing, scene), (wrong, changed))]
-        return crop_cell(render(scene), thing.cell), texts[0], texts[1], texts[0]
-    return render(scene), caption(scene, rng), caption(changed, rng), dense_caption(scene)
+        labels = crop_labels(scene, thing.cell, NUM_VISUAL_TOKENS)
+        return TrainingPicture(crop_cell(render(scene), thing.cell), texts[0], texts[1], texts[0], labels)
+    labels = token_labels(scene, NUM_VISUAL_TOKENS)
+    return TrainingPicture(render(scene), caption(scene, rng), caption(changed, rng), dense_caption(scene), labels)
 
 
 def to_pixels(pictures: list[np.ndarray]) -> Float[Tensor, "b 3 h w"]:
@@ -134,20 +150,23 @@ def to_pixels(pictures: list[np.ndarray]) -> Float[Tensor, "b 3 h w"]:
 
 def encoder_batch(tokenizer: PreTrainedTokenizerFast, size: int, rng: np.random.Generator) -> EncoderBatch:
     """A batch of fresh pictures with their texts."""
-    pictures, captions, negatives, dense = (list(column) for column in zip(*(picture_and_texts(rng) for _ in range(size)), strict=True))
-    captions, negatives = captions[: size // 2], negatives[: size // 2]  # the text tower costs as much as the encoder
+    pictures = [training_picture(rng) for _ in range(size)]
+    captioned = pictures[: size // 4]  # the text tower costs as much as the encoder, and its task is soon learned
+    captions, negatives = [one.caption for one in captioned], [one.negative for one in captioned]
     texts = tokenizer(captions + negatives, padding="max_length", truncation=True, max_length=TEXT_LENGTH, return_tensors="pt")
-    ends = [text + tokenizer.eos_token for text in dense]
+    ends = [one.dense + tokenizer.eos_token for one in pictures]
     dense_ids = tokenizer(ends, padding=True, truncation=True, max_length=DENSE_LENGTH + 1, return_tensors="pt")["input_ids"]
     pad_id = int(tokenizer.pad_token_id)
     everything = captions + negatives
     matches = torch.tensor([[ours == other for other in everything] for ours in captions])
-    counts = {"contrastive": size // 2, "caption": int((dense_ids != pad_id).sum())}
-    return EncoderBatch(to_pixels(pictures), texts["input_ids"], matches, dense_ids, pad_id, target_counts=counts)
+    labels = torch.from_numpy(np.stack([one.labels for one in pictures]))
+    counts = {"contrastive": len(captioned), "caption": int((dense_ids != pad_id).sum()), "token": int((labels != NO_LABEL).sum())}
+    pixels = to_pixels([one.pixels for one in pictures])
+    return EncoderBatch(pixels, texts["input_ids"], matches, dense_ids, labels, pad_id, target_counts=counts)
 
 
 def encoder_step(model: EncoderTraining, batch: EncoderBatch) -> dict[str, LossTerm]:
-    """The two losses: sigmoid contrastive (SigLIP, summed over pairs, per image) and dense captioning."""
+    """The three losses: sigmoid contrastive (SigLIP, summed over pairs, per image), dense captioning, token labelling."""
     siglip = model.siglip
     seen = siglip.vision_model(pixel_values=batch.pixels, output_hidden_states=True)
     read = siglip.text_model(input_ids=batch.texts)
@@ -160,8 +179,5 @@ def encoder_step(model: EncoderTraining, batch: EncoderBatch) -> dict[str, LossT
     logits = model.captioner(starts, tokens)
     targets = batch.dense.masked_fill(batch.dense == batch.pad_id, -100)
     caption_sum = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-100, reduction="sum")
-    device = batch.pixels.device
-    return {
-        "contrastive": LossTerm(contrastive, torch.tensor(len(batch.matches), device=device)),
-        "caption": LossTerm(caption_sum, torch.tensor(batch.target_counts["caption"], device=device)),
-    }
+    sums = {"contrastive": contrastive, "caption": caption_sum, "token": model.reader.loss_sum(tokens, batch.labels)}
+    return {kind: LossTerm(value, torch.tensor(batch.target_counts[kind], device=value.device)) for kind, value in sums.items()}

@@ -29,7 +29,7 @@ def microworld() -> RunConfig:
         "The shipped microworld model: the demo's recipe, trained longer.",
         projector=TrainingConfig(steps=150, batch_size=32, learning_rate=2e-3, warmup_ratio=0.1, weight_decay=0.01),
         joint=TrainingConfig(
-            steps=4_200, batch_size=32, learning_rate=1e-3, warmup_ratio=0.03, weight_decay=0.01, checkpoint_every=500, log_every=25
+            steps=4_000, batch_size=32, learning_rate=1e-3, warmup_ratio=0.03, weight_decay=0.01, checkpoint_every=500, log_every=25
         ),
     )
 
@@ -38,19 +38,20 @@ def microworld_decoder() -> RunConfig:
     """The microworld's decoder, from its text-conditioned base as `metamorph microworld build` leaves it."""
     return RunConfig(
         name="microworld-decoder",
-        description="Visual tokens to 64 x 64 pictures by flow matching.",
+        description="Visual tokens to 64 x 64 pictures: a sketch, completed by diffusion.",
         decoder=DecoderConfig(
             encoder=str(WEIGHTS / "metamorph"),
             base="runs/microworld/parts/base",
             batches=SourceConfig(source="metamorph.microworld.diffusion.decoder_batches"),
-            objective={"times": "uniform", "time_shift": 2.0, "condition_dropout": 0.1},
-            ema_decay=0.999,
+            conditioner={"map_hidden_size": 256, "sketch": True},
+            objective={"times": "uniform", "time_shift": 2.0, "condition_dropout": 0.1, "condition_noise": 0.15},
+            ema_decay=0.998,
         ),
         stages=(
             StageConfig(
                 name="decoder",
                 training=TrainingConfig(
-                    steps=2_600, batch_size=32, learning_rate=1.5e-3, warmup_ratio=0.05, min_learning_rate_ratio=0.05, weight_decay=0.01,
+                    steps=2_600, batch_size=32, learning_rate=1e-3, warmup_ratio=0.05, min_learning_rate_ratio=0.05, weight_decay=0.01,
                     precision="float32", checkpoint_every=200, log_every=25,
                 ),
             ),
