@@ -43,10 +43,10 @@ if TYPE_CHECKING:
 WEIGHTS = Path(__file__).parent / "weights"
 PARTS = ("llm", "encoder", "base", "decoder")
 NAMES_GATE, PROBE_GATE = 0.95, 0.97
-ROW_LENGTH = 192  # positions of a row of text: the longest dialogue about a told scene fits
+ROW_LENGTH = 128  # positions of a row of text
 
 LANGUAGE_TRAINING = TrainingConfig(
-    steps=2400, batch_size=16, learning_rate=2e-3, warmup_ratio=0.05, min_learning_rate_ratio=0.02, weight_decay=0.05,
+    steps=1400, batch_size=32, learning_rate=2e-3, warmup_ratio=0.1, min_learning_rate_ratio=0.02, weight_decay=0.05,
     betas=(0.9, 0.98), precision="float32", checkpoint_every=200, log_every=25,
 )  # fmt: skip
 ENCODER_TRAINING = TrainingConfig(

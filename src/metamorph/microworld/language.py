@@ -41,7 +41,6 @@ def build_llama(size: LanguageSize, tokenizer: PreTrainedTokenizerFast) -> Llama
         vocab_size=len(tokenizer),
         max_position_embeddings=MAX_LENGTH,
         tie_word_embeddings=True,
-        initializer_range=0.08,  # about 1 / sqrt(width); with the usual 0.02, made for wide models, reading a told scene comes much later
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,
@@ -49,21 +48,12 @@ def build_llama(size: LanguageSize, tokenizer: PreTrainedTokenizerFast) -> Llama
     return LlamaForCausalLM(config)
 
 
-def document_parts(rng: np.random.Generator) -> list[tuple[str, bool]]:
-    """One document in pieces, as the chat template writes them, each with whether the model learns to say it.
-
-    Of a dialogue it learns what the assistant says: questions about random scenes cannot be foreseen, and their loss would drown that
-    of the few words that answer them.
-    """
+def document_text(rng: np.random.Generator) -> str:
+    """One document as the text that is tokenized: what the chat template writes, or plain text and the end token."""
     text = document(rng)
     if isinstance(text, str):
-        return [(text + END, True)]
-    return [piece for role, said in text for piece in ((ROLE_TOKENS[role], False), (said + END, role == "assistant"))]
-
-
-def document_text(rng: np.random.Generator) -> str:
-    """One document as the text that is tokenized."""
-    return "".join(piece for piece, _ in document_parts(rng))
+        return text + END
+    return "".join(ROLE_TOKENS[role] + said + END for role, said in text)
 
 
 @dataclass
@@ -82,36 +72,24 @@ class LanguageBatch:
 
 
 def language_batch(tokenizer: PreTrainedTokenizerFast, rows: int, length: int, rng: np.random.Generator) -> LanguageBatch:
-    """Rows of `length` positions. `labels` hold the next id where it is learnt, none across a border of documents."""
+    """Rows of `length` positions. `labels` hold the next id, none across a border of documents."""
     ids = torch.full((rows, length), int(tokenizer.pad_token_id))
     positions = torch.zeros((rows, length), dtype=torch.long)
     labels = torch.full((rows, length), IGNORE_INDEX)
-    documents = iter(_tokenized([document_parts(rng) for _ in range(rows * length // 24)], tokenizer))  # more than fit
+    texts = [document_text(rng) for _ in range(rows * length // 24)]  # more than fit: one call of the tokenizer is fast
+    documents = iter(tokenizer(texts)["input_ids"])
     for row in range(rows):
         filled = 0
-        for fresh, targets in documents:
+        for document_ids in documents:
+            fresh = torch.tensor(document_ids)
             if filled + len(fresh) > length:
                 break
             part = slice(filled, filled + len(fresh))
             ids[row, part], positions[row, part] = fresh, torch.arange(len(fresh))
-            labels[row, filled : filled + len(fresh) - 1] = targets[1:]
+            labels[row, filled : filled + len(fresh) - 1] = fresh[1:]
             filled += len(fresh)
         positions[row, filled:] = torch.arange(length - filled)
     return LanguageBatch(ids, positions, labels, target_counts={"text": int((labels != IGNORE_INDEX).sum())})
-
-
-def _tokenized(
-    chats: list[list[tuple[str, bool]]], tokenizer: PreTrainedTokenizerFast
-) -> list[tuple[Int64[Tensor, " t"], Int64[Tensor, " t"]]]:
-    """Ids of each document, and the same with those masked that are not learnt. One call of the tokenizer for all is fast."""
-    pieces = iter(tokenizer([piece for chat in chats for piece, _ in chat])["input_ids"])
-    found = []
-    for chat in chats:
-        parts = [(next(pieces), learnt) for _, learnt in chat]
-        ids = torch.tensor([one for part, _ in parts for one in part])
-        targets = torch.tensor([one if learnt else IGNORE_INDEX for part, learnt in parts for one in part])
-        found.append((ids, targets))
-    return found
 
 
 def language_step(model: LlamaForCausalLM, batch: LanguageBatch) -> dict[str, LossTerm]:

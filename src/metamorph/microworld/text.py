@@ -45,10 +45,10 @@ def _said(question: Question) -> Chat:
 
 
 def told_scene_dialogue(rng: np.random.Generator) -> Chat:
-    """A scene told in words, then three to eight questions about it: reading it is what the model is to learn, so it is asked a lot."""
+    """A scene told in words, then one to three questions about it."""
     scene = sample_scene(rng, ANY)
     chat: Chat = []
-    while len(chat) < 2 * int(rng.integers(3, 9)):
+    while len(chat) < 2 * int(rng.integers(1, 4)):
         question = choose(rng, list(SCORED.values()))(scene, rng)
         if question is not None:
             opening = "" if chat else f"Think of {caption(scene, rng)}. "
@@ -150,7 +150,7 @@ def motion_dialogue(rng: np.random.Generator) -> Chat:
 
 _DOCUMENTS: tuple[tuple[float, Callable[[np.random.Generator], str | Chat]], ...] = (
     (0.14, plain_description),
-    (0.50, told_scene_dialogue),
+    (0.24, told_scene_dialogue),
     (0.14, name_dialogue),
     (0.08, name_statement),
     (0.08, name_of_look_dialogue),

@@ -29,7 +29,7 @@ def microworld() -> RunConfig:
         "The shipped microworld model: the demo's recipe, trained longer.",
         projector=TrainingConfig(steps=150, batch_size=32, learning_rate=2e-3, warmup_ratio=0.1, weight_decay=0.01),
         joint=TrainingConfig(
-            steps=4_000, batch_size=32, learning_rate=1e-3, warmup_ratio=0.03, weight_decay=0.01, checkpoint_every=500, log_every=25
+            steps=4_800, batch_size=32, learning_rate=1e-3, warmup_ratio=0.03, weight_decay=0.01, checkpoint_every=500, log_every=25
         ),
     )
 
