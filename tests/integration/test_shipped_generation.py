@@ -6,7 +6,6 @@ import pytest
 import torch
 from tests.reference import reference_generate
 
-from metamorph.errors import ComponentError
 from metamorph.messages import Message
 from metamorph.microworld.components import shipped
 from metamorph.model.generation import generate
@@ -23,11 +22,7 @@ QUESTIONS = [
 
 @pytest.fixture(scope="module")
 def pipeline() -> MetaMorphPipeline:
-    try:
-        directory, decoder = shipped("metamorph"), shipped("decoder")
-    except ComponentError as error:
-        pytest.skip(str(error))
-    return MetaMorphPipeline.from_pretrained(directory, decoder, device="cpu")
+    return MetaMorphPipeline.from_pretrained(shipped("metamorph"), shipped("decoder"), device="cpu")
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])

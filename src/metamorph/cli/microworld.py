@@ -81,7 +81,7 @@ def ship(
     run_dir: Annotated[Path, typer.Argument(help="Directory of a finished run of the recipe `microworld`.")],
     out: Annotated[Path, typer.Option(help="Where the weights go; the encoder must lie beside it as `../encoder`.")],
     decoder: Annotated[Path | None, typer.Option(help="The decoder; by default the shipped one.")] = None,
-    samples: Annotated[int | None, typer.Option(min=1, help="Samples of every task; by default at least 500.")] = None,
+    samples: Annotated[int | None, typer.Option(min=2, help="Samples of every task; by default at least 500.")] = None,
     seed: Annotated[int, typer.Option(help="Of the samples.")] = 0,
 ) -> None:
     """Turn a finished run into weights that ship: float16, without the encoder, with a card of measured scores."""

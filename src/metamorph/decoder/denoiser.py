@@ -113,7 +113,7 @@ class SampleSpace:
         self.vae = vae
         self.channels: int = unet.config["out_channels"]
         self.size: int = unet.config["sample_size"]
-        self.patch = math.isqrt(self.channels // 3)
+        self.patch = math.isqrt(self.channels // 3) if vae is None else 1
         if vae is None and 3 * self.patch**2 != self.channels:
             raise ConfigError(
                 f"{self.channels} sample channels but 3 x patch^2 without a VAE (decoder). Give the VAE that the denoiser was trained with."

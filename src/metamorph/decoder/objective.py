@@ -91,8 +91,8 @@ class DecoderModel(nn.Module):
         self.scheduler, self.objective = scheduler, objective or Objective()
         self.space = SampleSpace(unet, self.vae)
         self.prediction = prediction_of(scheduler)
-        self.map_channels = check_parts(unet, conditioner)
-        check_sketch(unet, scheduler, conditioner)
+        self.map_channels = map_channels_of(unet)
+        check_parts(unet, scheduler, conditioner)
 
     def train(self, mode: bool = True) -> DecoderModel:
         """Set the mode of all but the VAE, which is always frozen."""
@@ -115,7 +115,7 @@ class DecoderModel(nn.Module):
         errors = squared_error(predicted, target)
         if condition.sketch is not None:
             errors = errors + squared_error(condition.sketch, clean)
-        return {"decoder": LossTerm(errors.sum(), torch.tensor(len(errors), device=errors.device))}
+        return _decoder_term(errors)
 
     def sketch_terms(self, batch: DecoderBatch) -> dict[str, LossTerm]:
         """{"decoder": the error of the sketch alone}, without a call of the denoiser: a cheap first stage for the spatial path.
@@ -128,7 +128,7 @@ class DecoderModel(nn.Module):
         if sketch is None:
             raise ConfigError("a conditioner without sketch but its training was asked for (decoder). Set sketch: true.")
         errors = squared_error(sketch, self.space.encode(batch.pixels, draws.latent_noise))
-        return {"decoder": LossTerm(errors.sum(), torch.tensor(len(errors), device=errors.device))}
+        return _decoder_term(errors)
 
     def draws(self, batch: DecoderBatch) -> Draws:
         """All that is random about a batch, on its device."""
@@ -155,6 +155,10 @@ def squared_error(predicted: Float[Tensor, "n p s s"], target: Float[Tensor, "n 
     return (predicted.float() - target.float()).square().flatten(1).mean(dim=1)
 
 
+def _decoder_term(errors: Float[Tensor, " n"]) -> dict[str, LossTerm]:
+    return {"decoder": LossTerm(errors.sum(), torch.tensor(len(errors), device=errors.device))}
+
+
 def decoder_step(model: DecoderModel, batch: DecoderBatch) -> dict[str, LossTerm]:
     """The step function that the training loop takes."""
     return model.loss_terms(batch)
@@ -165,35 +169,28 @@ def sketch_step(model: DecoderModel, batch: DecoderBatch) -> dict[str, LossTerm]
     return model.sketch_terms(batch)
 
 
-def check_parts(unet: UNet2DConditionModel, conditioner: VisualConditioner | None) -> int:
-    """The number of map channels that the denoiser reads.
+def map_channels_of(unet: UNet2DConditionModel) -> int:
+    """The number of map channels that the denoiser reads."""
+    return unet.config["in_channels"] - unet.config["out_channels"]
+
+
+def check_parts(unet: UNet2DConditionModel, scheduler: Scheduler, conditioner: VisualConditioner | None) -> None:
+    """A conditioner speaks of the denoiser's sizes; a sketch is a guess of the clean sample, which the denoiser must then predict.
 
     Raises:
-        ConfigError: the conditioner speaks of other sizes than the denoiser.
+        ConfigError: otherwise.
     """
-    map_channels = unet.config["in_channels"] - unet.config["out_channels"]
     if conditioner is None:
-        return map_channels
+        return
+    map_channels = map_channels_of(unet)
     names = ("map channels", "context width", "sample size")
     found = (conditioner.config["map_channels"], conditioner.config["context_width"], conditioner.config["sample_size"])
     expected = (map_channels, unet.config["cross_attention_dim"], unet.config["sample_size"])
     for name, one, other in zip(names, found, expected, strict=True):
         if one != other and not (name == "sample size" and not map_channels):
             raise ConfigError(f"conditioner with {name} {one} but a denoiser with {other} (decoder). Build them with the same sizes.")
-    return map_channels
-
-
-def check_sketch(unet: UNet2DConditionModel, scheduler: Scheduler, conditioner: VisualConditioner | None) -> None:
-    """A sketch is a guess of the clean sample: it needs the sample's channels, and a denoiser that predicts the clean sample.
-
-    Raises:
-        ConfigError: otherwise.
-    """
-    if conditioner is None or not conditioner.config["sketch"]:
-        return
-    found = (conditioner.config["map_channels"], prediction_of(scheduler))
-    expected = (unet.config["out_channels"], "sample")
-    if found != expected:
+    found, expected = (map_channels, prediction_of(scheduler)), (unet.config["out_channels"], "sample")
+    if conditioner.config["sketch"] and found != expected:
         raise ConfigError(
             f"a sketch with {found[0]} channels and {found[1]} prediction but {expected[0]} channels and sample prediction are needed "
             "(decoder). Set map_channels and the scheduler's prediction_type, or sketch: false."
@@ -210,11 +207,9 @@ def noised(
         return (1 - level) * clean + level * noise, time * num_timesteps, noise - clean
     timesteps = (time * num_timesteps).long().clamp(max=num_timesteps - 1)
     noisy = scheduler.add_noise(clean, noise, timesteps)  # pyright: ignore[reportArgumentType]
-    targets = {"epsilon": noise, "sample": clean}
-    target = targets.get(prediction_of(scheduler))
-    if target is None:
-        target = scheduler.get_velocity(clean, noise, timesteps)  # pyright: ignore[reportArgumentType]
-    return noisy, timesteps, target
+    if prediction_of(scheduler) == "v_prediction":
+        return noisy, timesteps, scheduler.get_velocity(clean, noise, timesteps)  # pyright: ignore[reportArgumentType]
+    return noisy, timesteps, clean if prediction_of(scheduler) == "sample" else noise
 
 
 def denoise(

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from metamorph.decoder.conditioning import Condition, VisualConditioner, given_context
 from metamorph.decoder.denoiser import SampleSpace
 from metamorph.decoder.library import AutoencoderKL, DiffusionPipeline, FlowMatchEulerDiscreteScheduler, Scheduler, UNet2DConditionModel
-from metamorph.decoder.objective import DecoderModel, check_parts, check_sketch, denoise
+from metamorph.decoder.objective import DecoderModel, check_parts, denoise, map_channels_of
 from metamorph.errors import AlignmentError, ConfigError
 
 
@@ -42,8 +42,7 @@ class VisualDecoderPipeline(DiffusionPipeline):
     ):
         super().__init__()
         self.register_modules(conditioner=conditioner, unet=unet, scheduler=scheduler, vae=vae)
-        check_parts(unet, conditioner)
-        check_sketch(unet, scheduler, conditioner)
+        check_parts(unet, scheduler, conditioner)
         self.set_progress_bar_config(disable=True)
 
     @classmethod
@@ -137,7 +136,7 @@ class VisualDecoderPipeline(DiffusionPipeline):
 
     def _condition(self, told: Float[Tensor, "n l c"], from_tokens: bool) -> Condition:
         if not from_tokens:
-            return given_context(told, check_parts(self.unet, self.conditioner), self.unet.config["sample_size"])
+            return given_context(told, map_channels_of(self.unet), self.unet.config["sample_size"])
         if self.conditioner is None:
             raise ConfigError("visual tokens but no conditioner (a text-conditioned base). Make a decoder of it with `from_base`.")
         return self.conditioner(told)

@@ -32,7 +32,7 @@ def from_base(
     fold = 1
     if sketch:
         map_channels = base.space.channels
-        fold = base.space.patch if base.vae is None else 1
+        fold = base.space.patch
     conditioner = VisualConditioner(
         visual_width=visual_width,
         context_width=base.unet.config["cross_attention_dim"],

@@ -18,6 +18,7 @@ from torch import Tensor
 from metamorph.errors import ComponentError
 from metamorph.microworld.cards import CARD, Card, write_card
 from metamorph.microworld.language import (
+    ROW_LENGTH,
     LanguageSize,
     answers_in_text,
     build_llama,
@@ -43,7 +44,6 @@ if TYPE_CHECKING:
 WEIGHTS = Path(__file__).parent / "weights"
 PARTS = ("llm", "encoder", "base", "decoder")
 NAMES_GATE, PROBE_GATE = 0.95, 0.97
-ROW_LENGTH = 128  # positions of a row of text
 
 LANGUAGE_TRAINING = TrainingConfig(
     steps=1400, batch_size=32, learning_rate=2e-3, warmup_ratio=0.1, min_learning_rate_ratio=0.02, weight_decay=0.05,
@@ -173,8 +173,9 @@ def score_language_model(
 ) -> dict[str, float]:
     """Share of right answers about names and about scenes told in words, all in text, and perplexity on fresh documents."""
     model.eval()
-    scores = {}
-    for name, asked in (("names_in_text", name_questions(named_looks(), seed, each)), ("told_scenes", told_scene_questions(scenes, seed))):
+    questions = {"names_in_text": name_questions(named_looks(), seed, each), "told_scenes": told_scene_questions(scenes, seed)}
+    scores: dict[str, float] = {}
+    for name, asked in questions.items():
         answers = answers_in_text(model, tokenizer, [question for question, _ in asked])
         scores[name] = float(np.mean([said.strip() == answer for said, (_, answer) in zip(answers, asked, strict=True)]))
     return {**scores, "perplexity": text_perplexity(model, tokenizer, seed)}

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -27,6 +27,10 @@ if TYPE_CHECKING:
 _BASE_SEED, _DECODER_SEED = 31, 32
 _CROP_RATE = 0.15
 
+DECODER_CONDITIONER: dict[str, Any] = {"map_hidden_size": 256, "sketch": True}
+# Noise on the condition, because at inference it gets tokens that a language model predicted.
+DECODER_OBJECTIVE: dict[str, Any] = {"times": "uniform", "time_shift": 2.0, "condition_dropout": 0.1, "condition_noise": 0.15}
+
 
 def new_base() -> DecoderModel:
     """A fresh text-conditioned denoiser that predicts the clean picture."""
@@ -44,11 +48,9 @@ def decoder_from_base(base: Path) -> DecoderModel:
     from metamorph.decoder.starts import from_base
 
     pipeline = VisualDecoderPipeline.from_pretrained(base)
-    # Noise on the condition, because at inference it gets tokens that a language model predicted.
-    objective = Objective(times="uniform", time_shift=2.0, condition_dropout=0.1, condition_noise=0.15)
     start = DecoderModel(pipeline.unet, pipeline.scheduler)
-    sizes = {"visual_width": WIDTH, "num_visual_tokens": NUM_VISUAL_TOKENS, "map_hidden_size": 256}
-    return from_base(start, **sizes, sketch=True, objective=objective)
+    objective = Objective(**DECODER_OBJECTIVE)
+    return from_base(start, visual_width=WIDTH, num_visual_tokens=NUM_VISUAL_TOKENS, **DECODER_CONDITIONER, objective=objective)
 
 
 def base_batches(siglip: SiglipModel, tokenizer: PreTrainedTokenizerFast, size: int, seed: int = 0) -> Callable[[int], DecoderBatch]:

@@ -204,7 +204,8 @@ def named_drawing(subject: Subject, samples: int, seed: int) -> Metrics:
     metrics: dict[str, Metric] = {}
     looks = named_looks()
     for number, group in enumerate(GROUPS):
-        names = [in_group(group)[index % len(in_group(group))] for index in range(samples)]
+        known = in_group(group)
+        names = [known[index % len(known)] for index in range(samples)]
         rngs = [np.random.default_rng([seed, 206, number, index]) for index in range(samples)]
         # Up to two objects: some names have no test scene in which they stand alone.
         rules = SceneRules("test", use="drawn", max_objects=2)

@@ -17,13 +17,14 @@ from metamorph.batch import IGNORE_INDEX
 from metamorph.losses import LossTerm, text_cross_entropy
 from metamorph.microworld.names import NamedLook
 from metamorph.microworld.questions import SCORED, ask_about_name
-from metamorph.microworld.text import document
+from metamorph.microworld.text import document, told
 from metamorph.microworld.tokenizer import END, MAX_LENGTH, ROLE_TOKENS
-from metamorph.microworld.world import SceneRules, caption, sample_scene
+from metamorph.microworld.world import SceneRules, sample_scene
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
+ROW_LENGTH = 128  # positions of a row of text
 LanguageSize = Literal["tiny", "small", "base"]
 SIZES: dict[LanguageSize, dict[str, int]] = {
     "tiny": {"hidden_size": 96, "intermediate_size": 256, "num_hidden_layers": 4, "num_attention_heads": 3, "num_key_value_heads": 3},
@@ -124,13 +125,13 @@ def told_scene_questions(count: int, seed: int) -> list[tuple[str, str]]:
         scene = sample_scene(rng, SceneRules(use="any", split=None))
         question = list(SCORED.values())[len(asked) % len(SCORED)](scene, rng)
         if question is not None:
-            asked.append((f"Think of {caption(scene, rng)}. {question.text}", question.answer))
+            asked.append((told(scene, rng) + question.text, question.answer))
     return asked
 
 
 @torch.no_grad()
 def text_perplexity(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, seed: int, rows: int = 64) -> float:
     """Perplexity per token on fresh documents."""
-    batch = language_batch(tokenizer, rows, 128, np.random.default_rng(seed)).to(model.device)
+    batch = language_batch(tokenizer, rows, ROW_LENGTH, np.random.default_rng(seed)).to(model.device)
     term = language_step(model, batch)["text"]
     return float((term.sum / term.count).exp())

@@ -13,24 +13,22 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from metamorph.batch import IGNORE_INDEX
 from metamorph.microworld.scenes import BACKGROUNDS, COLOURS, MARKINGS, SHAPES, SIZES, Scene, render
+from metamorph.microworld.token_labels import ATTRIBUTES, cell_labels, cells_of_tokens
 from metamorph.microworld.vision import to_pixels
 from metamorph.microworld.world import SceneRules, sample_scene
 
 GATED = ("shape", "colour", "size", "cell", "background")
 _VALUES = {"shape": SHAPES, "colour": COLOURS, "size": SIZES, "marking": MARKINGS, "cell": (False, True), "background": BACKGROUNDS}
-_NO_TARGET = -100
 Encode = Callable[[Tensor], Float[Tensor, "n k v"]]
 
 
 def _labels(scene: Scene, attribute: str) -> list[int]:
     """One label per cell (empty cells have none, but for "cell" itself), or one for the whole picture."""
-    if attribute == "background":
-        return [BACKGROUNDS.index(scene.background)]
-    if attribute == "cell":
-        return [int(scene.at(cell) is not None) for cell in range(4)]
-    things = [scene.at(cell) for cell in range(4)]
-    return [_VALUES[attribute].index(getattr(thing, attribute)) if thing else _NO_TARGET for thing in things]
+    column = list(ATTRIBUTES).index("occupied" if attribute == "cell" else attribute)
+    labels = [cell_labels(scene, cell)[column] for cell in range(4)]
+    return labels[:1] if attribute == "background" else labels
 
 
 @torch.no_grad()
@@ -60,7 +58,7 @@ def _fit(features: Tensor, labels: Tensor, values: int, hidden: int | None, seed
         probe = (
             nn.Linear(width, values) if hidden is None else nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, values))
         )
-    kept = labels != _NO_TARGET
+    kept = labels != IGNORE_INDEX
     x, y = features[kept], labels[kept]
     optimizer = torch.optim.AdamW(probe.parameters(), lr=2e-3, weight_decay=1e-2)
     steps, order = 600, torch.Generator().manual_seed(seed)
@@ -94,14 +92,12 @@ def run_probes(encode: Encode, *, train: int = 6000, test: int = 1000, seed: int
 
 def _single(tokens: Float[Tensor, "n k v"], labels: Int64[Tensor, "n cells"]) -> tuple[Float[Tensor, "n k v"], Int64[Tensor, "n k"]]:
     """Every token alone, with the label of the cell in which it lies."""
-    side = int(tokens.shape[1] ** 0.5)
-    cells = torch.tensor([2 * (2 * row // side) + 2 * column // side for row in range(side) for column in range(side)])
-    return tokens * tokens.shape[-1] ** 0.5, labels[:, cells]
+    return tokens * tokens.shape[-1] ** 0.5, labels[:, cells_of_tokens(tokens.shape[1])]
 
 
 def _score(seen: Tensor, truth: Tensor, seen_test: Tensor, test_truth: Tensor, values: int, hidden: int | None, seed: int) -> float:
     """Accuracy of a probe fitted to the one and asked about the other."""
-    probe, kept = _fit(seen, truth, values, hidden, seed), test_truth != _NO_TARGET
+    probe, kept = _fit(seen, truth, values, hidden, seed), test_truth != IGNORE_INDEX
     with torch.no_grad():
         guess = probe(seen_test[kept]).argmax(-1)
     return round(float((guess == test_truth[kept]).float().mean()), 4)

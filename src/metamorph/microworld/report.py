@@ -12,7 +12,7 @@ from metamorph.microworld.report_origin import command, commit, machine, peak_me
 from metamorph.microworld.suite import Level, baselines, metric_rows, requirements
 from metamorph.reporting.blocks import Block, Code, Details, Facts, Heading, MetricBlock, Note, Paragraph, TableBlock
 from metamorph.reporting.page import Page
-from metamorph.reporting.tables import Cell, Table
+from metamorph.reporting.tables import Table, metric_table
 
 MOMENTS = {"at_step_0": "step 0", "after_stage_1": "after stage 1"}
 """Keys of earlier evaluations in a report, and how the page calls them."""
@@ -81,16 +81,8 @@ def metrics_of(report: Mapping[str, Any], key: str = "metrics") -> dict[str, Met
 
 def summary_table(report: Mapping[str, Any], level: Level) -> Table:
     """The table for the terminal: narrow, so that it fits."""
-    moments = {words: metrics_of(report, key) for key, words in MOMENTS.items() if key in report}
-    rows = metric_rows(metrics_of(report), level, moments)
-    cells: list[list[Cell]] = []
-    for row in rows:
-        asked = None if row.reached is None else f"≥ {row.floor:.2f}" if row.ceiling is None else f"≤ {row.ceiling:.2f}"
-        mark = {True: "✓", False: "✗", None: ""}[row.reached]
-        interval = f"{row.result.low:.2f} – {row.result.high:.2f}"
-        cells.append([row.name, row.result.value, interval, row.result.n, asked, mark])
-        cells[-1] += [row.references[name] for name in (*moments, "baseline")]
-    return Table(["metric", "value", "95%", "n", "asked", "", *moments, "baseline"], cells)
+    before = {words: metrics_of(report, key) for key, words in MOMENTS.items() if key in report}
+    return metric_table(metric_rows(metrics_of(report), level, before), narrow=True)
 
 
 def verdict(report: Mapping[str, Any]) -> str:

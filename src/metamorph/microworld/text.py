@@ -44,6 +44,11 @@ def _said(question: Question) -> Chat:
     return [("user", question.text), ("assistant", question.answer)]
 
 
+def told(scene: Scene, rng: np.random.Generator | None = None) -> str:
+    """A scene told in words, as dialogues open."""
+    return f"Think of {caption(scene, rng)}. "
+
+
 def told_scene_dialogue(rng: np.random.Generator) -> Chat:
     """A scene told in words, then one to three questions about it."""
     scene = sample_scene(rng, ANY)
@@ -51,7 +56,7 @@ def told_scene_dialogue(rng: np.random.Generator) -> Chat:
     while len(chat) < 2 * int(rng.integers(1, 4)):
         question = choose(rng, list(SCORED.values()))(scene, rng)
         if question is not None:
-            opening = "" if chat else f"Think of {caption(scene, rng)}. "
+            opening = "" if chat else told(scene, rng)
             chat += [("user", opening + question.text), ("assistant", question.answer)]
     return chat
 
@@ -138,7 +143,7 @@ def edit_dialogue(rng: np.random.Generator) -> Chat:
         scene = sample_scene(rng, replace(ANY, max_objects=2, tiny_rate=0.0, glyph_rate=0.0))
         edit = edited(scene, rng)
         if edit is not None and edit[1] is not scene:
-            return [("user", f"Think of {caption(scene)}. {edit[0]}"), ("assistant", caption(edit[1]))]
+            return [("user", told(scene) + edit[0]), ("assistant", caption(edit[1]))]
 
 
 def motion_dialogue(rng: np.random.Generator) -> Chat:

@@ -15,6 +15,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from metamorph.batch import IGNORE_INDEX
 from metamorph.microworld.scenes import BACKGROUNDS, COLOURS, GLYPHS, MARKINGS, SHAPES, SIZES, TINY, Scene
 
 ATTRIBUTES: dict[str, tuple[str, ...]] = {
@@ -25,7 +26,6 @@ ATTRIBUTES: dict[str, tuple[str, ...]] = {
     "size": (*SIZES, TINY),
     "marking": MARKINGS,
 }
-NO_LABEL = -100
 
 
 def cell_labels(scene: Scene, cell: int) -> list[int]:
@@ -33,15 +33,19 @@ def cell_labels(scene: Scene, cell: int) -> list[int]:
     thing = scene.at(cell)
     known = [BACKGROUNDS.index(scene.background), int(thing is not None)]
     if thing is None:
-        return known + [NO_LABEL] * (len(ATTRIBUTES) - 2)
+        return known + [IGNORE_INDEX] * (len(ATTRIBUTES) - 2)
     return known + [ATTRIBUTES[name].index(getattr(thing, name)) for name in list(ATTRIBUTES)[2:]]
+
+
+def cells_of_tokens(num_tokens: int) -> list[int]:
+    """The cell in which each token of a square grid lies."""
+    side = round(num_tokens**0.5)
+    return [2 * (2 * row // side) + 2 * column // side for row in range(side) for column in range(side)]
 
 
 def token_labels(scene: Scene, num_tokens: int) -> Int64[np.ndarray, "k a"]:
     """Labels of all tokens, a square grid over the 2 x 2 cells."""
-    side = round(num_tokens**0.5)
-    rows = [cell_labels(scene, 2 * (2 * row // side) + 2 * column // side) for row in range(side) for column in range(side)]
-    return np.array(rows, dtype=np.int64)
+    return np.array([cell_labels(scene, cell) for cell in cells_of_tokens(num_tokens)], dtype=np.int64)
 
 
 def crop_labels(scene: Scene, cell: int, num_tokens: int) -> Int64[np.ndarray, "k a"]:
@@ -61,7 +65,7 @@ class TokenReader(nn.Module):
         """Cross-entropy summed over all labels that there are."""
         logits = self.head(tokens * self.scale).split([len(values) for values in ATTRIBUTES.values()], dim=-1)
         sums = [
-            F.cross_entropy(one.flatten(0, 1), labels[..., index].flatten(), ignore_index=NO_LABEL, reduction="sum")
+            F.cross_entropy(one.flatten(0, 1), labels[..., index].flatten(), ignore_index=IGNORE_INDEX, reduction="sum")
             for index, one in enumerate(logits)
         ]
         return torch.stack(sums).sum()

@@ -21,9 +21,10 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from metamorph.batch import IGNORE_INDEX
 from metamorph.losses import LossTerm
 from metamorph.microworld.scenes import BACKGROUNDS, COLOURS, IMAGE_SIZE, SHAPES, SIZES, TINY, Scene, crop_cell, render
-from metamorph.microworld.token_labels import NO_LABEL, TokenReader, crop_labels, token_labels
+from metamorph.microworld.token_labels import TokenReader, crop_labels, token_labels
 from metamorph.microworld.world import SceneRules, caption, choose, dense_caption, describe, sample_scene
 
 if TYPE_CHECKING:
@@ -160,7 +161,7 @@ def encoder_batch(tokenizer: PreTrainedTokenizerFast, size: int, rng: np.random.
     everything = captions + negatives
     matches = torch.tensor([[ours == other for other in everything] for ours in captions])
     labels = torch.from_numpy(np.stack([one.labels for one in pictures]))
-    counts = {"contrastive": len(captioned), "caption": int((dense_ids != pad_id).sum()), "token": int((labels != NO_LABEL).sum())}
+    counts = {"contrastive": len(captioned), "caption": int((dense_ids != pad_id).sum()), "token": int((labels != IGNORE_INDEX).sum())}
     pixels = to_pixels([one.pixels for one in pictures])
     return EncoderBatch(pixels, texts["input_ids"], matches, dense_ids, labels, pad_id, target_counts=counts)
 
@@ -177,7 +178,7 @@ def encoder_step(model: EncoderTraining, batch: EncoderBatch) -> dict[str, LossT
     tokens = model.pool(seen.hidden_states[-1])
     starts = F.pad(batch.dense, (1, 0), value=batch.pad_id)[:, :-1]
     logits = model.captioner(starts, tokens)
-    targets = batch.dense.masked_fill(batch.dense == batch.pad_id, -100)
-    caption_sum = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-100, reduction="sum")
+    targets = batch.dense.masked_fill(batch.dense == batch.pad_id, IGNORE_INDEX)
+    caption_sum = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE_INDEX, reduction="sum")
     sums = {"contrastive": contrastive, "caption": caption_sum, "token": model.reader.loss_sum(tokens, batch.labels)}
     return {kind: LossTerm(value, torch.tensor(batch.target_counts[kind], device=value.device)) for kind, value in sums.items()}

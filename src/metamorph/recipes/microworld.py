@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import metamorph.microworld
+from metamorph.microworld.diffusion import DECODER_CONDITIONER, DECODER_OBJECTIVE
 from metamorph.training.config import DataConfig, DecoderConfig, ModelConfig, RunConfig, SourceConfig, StageConfig, TrainingConfig
 from metamorph.training.stages import paper_stages
 
@@ -43,8 +44,8 @@ def microworld_decoder() -> RunConfig:
             encoder=str(WEIGHTS / "metamorph"),
             base="runs/microworld/parts/base",
             batches=SourceConfig(source="metamorph.microworld.diffusion.decoder_batches"),
-            conditioner={"map_hidden_size": 256, "sketch": True},
-            objective={"times": "uniform", "time_shift": 2.0, "condition_dropout": 0.1, "condition_noise": 0.15},
+            conditioner=DECODER_CONDITIONER,
+            objective=DECODER_OBJECTIVE,
             ema_decay=0.998,
         ),
         stages=(

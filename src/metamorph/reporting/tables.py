@@ -100,16 +100,25 @@ def reference_names(rows: Sequence[MetricRow]) -> list[str]:
     return list(dict.fromkeys(name for row in rows for name in row.references))
 
 
-def metric_table(rows: Sequence[MetricRow], caption: str = "") -> Table:
-    """Metric rows as a plain table: value, interval, n, what is required, then one column per reference."""
+def metric_table(rows: Sequence[MetricRow], caption: str = "", *, narrow: bool = False) -> Table:
+    """Metric rows as a plain table: value, interval, n, what is required, then one column per reference. `narrow` is for terminals."""
     names = reference_names(rows)
-    columns = ["metric", "value", "95% interval", "n", "required", "reached", *names]
-    cells: list[list[Cell]] = []
-    for row in rows:
-        result, reached = row.result, {True: "yes", False: "no", None: None}[row.reached]
-        references = [row.references.get(name) for name in names]
-        cells.append([row.name, result.value, format_interval(result), result.n, row.required, reached, *references])
-    return Table(columns, cells, caption)
+    described = ("95%", "n", "asked", "") if narrow else ("95% interval", "n", "required", "reached")
+    describe = _described_narrowly if narrow else _described
+    cells = [[row.name, row.result.value, *describe(row), *(row.references.get(name) for name in names)] for row in rows]
+    return Table(["metric", "value", *described, *names], cells, caption)
+
+
+def _described(row: MetricRow) -> list[Cell]:
+    reached = {True: "yes", False: "no", None: None}[row.reached]
+    return [format_interval(row.result), row.result.n, row.required, reached]
+
+
+def _described_narrowly(row: MetricRow) -> list[Cell]:
+    known = row.result.low is not None and row.result.high is not None
+    asked = [f"{sign} {bound:.2f}" for sign, bound in (("≥", row.floor), ("≤", row.ceiling)) if bound is not None]
+    mark = {True: "✓", False: "✗", None: ""}[row.reached]
+    return [f"{row.result.low:.2f} – {row.result.high:.2f}" if known else None, row.result.n, ", ".join(asked) or None, mark]
 
 
 def format_interval(result: Interval) -> str | None:
