@@ -170,8 +170,9 @@ def timeless(path):
     return [{key: value for key, value in row.items() if "second" not in key} for row in read_metrics(path / "metrics.jsonl")]
 
 
-def test_resume_repeats_an_uninterrupted_run_exactly(tmp_path):
-    config = replace_config(checkpoint_every=3, evaluate_every=2)
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_resume_repeats_an_uninterrupted_run_exactly(tmp_path, optimizer):
+    config = replace_config(checkpoint_every=3, evaluate_every=2, optimizer=optimizer)
     evaluators = {"noise": lambda model, number: {"value": torch.randn(()).item()}}  # must not disturb dropout
     run(tmp_path / "whole", config, evaluators=evaluators)
     with pytest.raises(Stop):
@@ -206,6 +207,13 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path):
     details.write_text(json.dumps(json.loads(details.read_text()) | {"processes": 4}))
     with pytest.raises(CheckpointError, match="written by 4 processes but read by 1"):
         run(tmp_path, resume=True)
+
+
+@pytest.mark.parametrize(("first", "then", "found"), [("adamw", "muon", "exp_avg"), ("muon", "adamw", "momentum_buffer")])
+def test_moments_of_another_optimizer_are_refused(tmp_path, first, then, found):
+    run(tmp_path, replace_config(optimizer=first))
+    with pytest.raises(CheckpointError, match=rf"body.0.weight.{found} but .* moments of another optimizer"):
+        run(tmp_path, replace_config(optimizer=then, steps=9), resume=True)
 
 
 def test_frozen_parts_neither_change_nor_drop_out(tmp_path):

@@ -5,10 +5,12 @@ import itertools
 import pytest
 import torch
 from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from metamorph.errors import ConfigError
 from metamorph.training import TrainingConfig
 from metamorph.training.device import choose_precision, measure_bfloat16_gain, pick_device
+from metamorph.training.muon import Muon, orthogonalized
 from metamorph.training.optim import build_optimizer, learning_rate_factor, set_learning_rate
 
 
@@ -59,6 +61,56 @@ def test_rates_can_be_scaled_by_module():
     assert rates[network["head"].weight] == pytest.approx(1e-1) and rates[network["body"][0].weight] == pytest.approx(1e-2)
     with pytest.raises(ConfigError, match="hed"):
         build_optimizer(network, TrainingConfig(steps=1, learning_rate_scale={"hed": 2.0}))
+
+
+def test_orthogonal_matrices_keep_their_directions():
+    matrices = torch.randn(3, 20, 40, generator=torch.Generator().manual_seed(0))
+    left, _, right = torch.linalg.svd(matrices, full_matrices=False)
+    rotated = left.mT @ orthogonalized(matrices) @ right.mT
+    values = rotated.diagonal(dim1=1, dim2=2)
+    assert (rotated - torch.diag_embed(values)).abs().max() < 1e-3
+    assert values.min() > 0.6 and values.max() < 1.3
+
+
+def test_muon_moves_matrices_as_torchs_own_does(monkeypatch):
+    monkeypatch.setattr("metamorph.training.muon.STACKED_WEIGHTS", 800)  # two of these at once
+    torch.manual_seed(0)
+    shapes = [(12, 30), (30, 12), (12, 30), (8, 8), (30, 12)]
+    starts = [torch.randn(shape) for shape in shapes]
+    ours, theirs = ([nn.Parameter(start.clone()) for start in starts] for _ in range(2))
+    optimizers = [
+        Muon([{"params": ours, "orthogonal": True, "weight_decay": 0.1}], lr=1e-2),
+        torch.optim.Muon(theirs, lr=1e-2, weight_decay=0.1, momentum=0.95, adjust_lr_fn="match_rms_adamw"),
+    ]
+    for _ in range(4):
+        for mine, other in zip(ours, theirs, strict=True):
+            mine.grad = torch.randn(mine.shape)
+            other.grad = mine.grad.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+    for start, mine, other in zip(starts, ours, theirs, strict=True):
+        assert (mine - other).norm() < 0.03 * (mine - start).norm()  # torch computes in bfloat16
+
+
+def test_muon_does_not_move_what_a_step_did_not_use():
+    parameter = nn.Parameter(torch.randn(6, 9))
+    optimizer = Muon([{"params": [parameter], "orthogonal": True, "weight_decay": 0.0}], lr=1e-2)
+    parameter.grad = torch.randn(6, 9)
+    optimizer.step()
+    moved, parameter.grad = parameter.detach().clone(), torch.zeros(6, 9)
+    optimizer.step()
+    assert torch.equal(parameter, moved)
+
+
+def test_muon_is_for_hidden_matrices_only():
+    config = LlamaConfig(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, vocab_size=20)
+    llm = LlamaForCausalLM(config)
+    names = {parameter: name for name, parameter in llm.named_parameters()}
+    groups = build_optimizer(llm, TrainingConfig(steps=1, optimizer="muon")).param_groups
+    by_muon = {names[p].split(".")[-2] for group in groups if group["orthogonal"] for p in group["params"]}
+    by_adamw = {names[p] for group in groups if not group["orthogonal"] for p in group["params"]}
+    assert by_muon == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+    assert {"model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"} < by_adamw
 
 
 def test_nothing_to_train_is_refused():

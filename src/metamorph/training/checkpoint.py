@@ -121,7 +121,7 @@ def load_checkpoint(
             " Resume with as many, or start a new run from its weights."
         )
     saved = _saved_shapes(path)
-    _create_optimizer_state(model, optimizer, saved)
+    _create_optimizer_state(path, model, optimizer, saved)
     _read(path, _model_tensors(model) | _optimizer_tensors(model, optimizer) | _companion_tensors(companions), saved)
     own = json.loads((path / f"rank-{rank():05d}.json").read_text(encoding="utf-8"))
     stream.load_state_dict(own["stream"])
@@ -172,13 +172,24 @@ def _companion_tensors(companions: Mapping[str, Companion] | None) -> dict[str, 
     return {f"companion.{name}.{key}": value for name, tensors in pairs for key, value in tensors.items()}
 
 
-def _create_optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer, saved: Mapping[str, torch.Size]) -> None:
-    """Make empty moments for the parameters that have some in the checkpoint; reading fills them."""
-    trained = {parameter for group in optimizer.param_groups for parameter in group["params"]}
-    for name, parameter in model.named_parameters():
-        if parameter in trained and f"optimizer.{name}.exp_avg" in saved:
-            moments = {key: torch.zeros_like(parameter, requires_grad=False) for key in ("exp_avg", "exp_avg_sq")}
-            optimizer.state[parameter] = {"step": torch.zeros((), device=parameter.device), **moments}
+def _create_optimizer_state(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, saved: Mapping[str, torch.Size]) -> None:
+    """Make empty moments for the parameters that have some in the checkpoint; reading fills them.
+
+    Raises:
+        CheckpointError: the moments are those of another optimizer.
+    """
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    for group in optimizer.param_groups:
+        keys, other = (["momentum_buffer"], "exp_avg") if group.get("orthogonal") else (["exp_avg", "exp_avg_sq"], "momentum_buffer")
+        for parameter in group["params"]:
+            name = f"optimizer.{names[parameter]}"
+            if f"{name}.{other}" in saved:
+                remedy = "Resume with the optimizer that the run began with."
+                raise CheckpointError(f"{name}.{other} but {keys[0]} was expected ({path}): moments of another optimizer. {remedy}")
+            if f"{name}.{keys[0]}" in saved:
+                optimizer.state[parameter] = {key: torch.zeros_like(parameter, requires_grad=False) for key in keys}
+                if not group.get("orthogonal"):
+                    optimizer.state[parameter]["step"] = torch.zeros((), device=parameter.device)
 
 
 def _saved_shapes(path: Path) -> dict[str, torch.Size]:

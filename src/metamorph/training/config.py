@@ -59,6 +59,8 @@ class TrainingConfig(Section):
     """Sequences per step over all processes; used by whoever builds the stream."""
     micro_batch_size: int | None = Field(default=None, ge=1)
     """Sequences per forward pass on one process; None = the whole share of a step at once."""
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """muon: the weights of linear layers (not the text head) by Muon, all else by AdamW; on one process."""
     learning_rate: float = Field(default=1e-3, gt=0)
     learning_rate_scale: dict[str, float] = {}
     """Multiplies the learning rate of parameters whose name starts with the key (a module's dotted name)."""
@@ -71,6 +73,7 @@ class TrainingConfig(Section):
     weight_decay: float = Field(default=0.0, ge=0)
     """Only on matrices: norms and biases are never decayed."""
     betas: tuple[float, float] = (0.9, 0.999)
+    """Of AdamW."""
     grad_clip: float | None = Field(default=1.0, gt=0)
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """auto = bfloat16 autocast where the device is measured or known to be fast at it."""
@@ -78,6 +81,8 @@ class TrainingConfig(Section):
     normalization: Literal["global", "micro_batch"] = "global"
     """Divide each loss by the number of its targets in the whole step, or (as the authors) in each micro-batch."""
     visual_loss_weight: float = Field(default=1.0, ge=0)
+    drawn_token_dropout: float = Field(default=0.0, ge=0, le=1)
+    """Hide from the input a share of each drawn image's visual tokens, uniform between 0 and this; not in the paper."""
     loss_weights: dict[str, float] = {}
     """Weights of further kinds of loss; 1.0 where nothing is said."""
     seed: int = 0

@@ -27,7 +27,7 @@ from metamorph.training.checkpoint import (
 )
 from metamorph.training.config import TrainingConfig
 from metamorph.training.device import choose_precision, pick_device, processes, rank, world_size
-from metamorph.training.optim import build_optimizer, set_learning_rate
+from metamorph.training.optim import build_optimizer, check_optimizer, set_learning_rate
 from metamorph.training.stepping import Engine, StepFunction, TrainingBatch, check_losses, clip_gradients, count_tokens, share_counts
 from metamorph.training.trackers import MetricsFile, TerminalTracker, Tracker
 
@@ -89,7 +89,7 @@ def train(
         replicate: frozen modules that every process keeps whole: those that not every batch runs, such as a vision encoder.
 
     Raises:
-        ConfigError: nothing to train, no steps, or a device that is missing.
+        ConfigError: nothing to train, no steps, a device that is missing, or Muon on several processes.
         NonFiniteLossError: with step and record ids; the weights are those before the step.
         AlignmentError: the number of targets of a loss is not the batch's.
         CheckpointError: there are checkpoints but `resume` is off, or they do not fit.
@@ -99,6 +99,7 @@ def train(
         raise ConfigError(f"{config.steps} steps but at least 1 is needed ({stage}). Set steps.")
     device = pick_device(config.device)
     with processes(device):
+        check_optimizer(config)
         checkpoints = Path(run_dir) / "checkpoints" / stage
         last = _last_checkpoint(checkpoints, resume)
         engine = _prepare(step, model, config, device, last, replicate)

@@ -9,6 +9,8 @@ from torch import nn
 
 from metamorph.errors import ConfigError
 from metamorph.training.config import TrainingConfig
+from metamorph.training.device import world_size
+from metamorph.training.muon import Muon, hidden_matrices
 
 
 def learning_rate_factor(step: int, config: TrainingConfig) -> float:
@@ -29,13 +31,27 @@ def learning_rate_factor(step: int, config: TrainingConfig) -> float:
     return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def build_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.AdamW:
-    """AdamW over what requires a gradient. Vectors and scalars (norms, biases) are never decayed.
+def check_optimizer(config: TrainingConfig) -> None:
+    """Refuse Muon over several processes: call it before a model is split.
 
     Raises:
-        ConfigError: nothing is trainable, or `learning_rate_scale` names no trainable parameter.
+        ConfigError: the optimizer needs whole matrices, and there are several processes.
     """
-    groups: dict[tuple[bool, float], list[nn.Parameter]] = {}
+    if config.optimizer == "muon" and world_size() > 1:
+        found = f"optimizer='muon' and {world_size()} processes, over which matrices are split"
+        remedy = "Train on one process, or set optimizer=adamw (--set stages.1.training.optimizer=adamw) and tune the learning rate."
+        raise ConfigError(f"{found} but Muon needs them whole (optimizer). {remedy}")
+
+
+def build_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.AdamW:
+    """The optimizer of the settings over what requires a gradient. Vectors and scalars (norms, biases) are never decayed.
+
+    Raises:
+        ConfigError: nothing is trainable, `learning_rate_scale` names no trainable parameter, or Muon over several processes.
+    """
+    check_optimizer(config)
+    orthogonal = hidden_matrices(model) if config.optimizer == "muon" else set()
+    groups: dict[tuple[bool, float, bool], list[nn.Parameter]] = {}
     unused = set(config.learning_rate_scale)
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
@@ -43,17 +59,18 @@ def build_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.Ada
         matching = [key for key in config.learning_rate_scale if name == key or name.startswith(key + ".")]
         unused -= set(matching)
         scale = config.learning_rate_scale[max(matching, key=len)] if matching else 1.0  # the most specific name wins
-        groups.setdefault((parameter.ndim >= 2, scale), []).append(parameter)
+        groups.setdefault((parameter.ndim >= 2, scale, parameter in orthogonal), []).append(parameter)
     if not groups:
         raise ConfigError("0 trainable parameters but at least 1 is needed (optimizer). Let the stage train a module.")
     if unused:
         raise ConfigError(f"learning_rate_scale for {sorted(unused)} but no trainable parameter has such a name. Use dotted module names.")
     fused = next(iter(groups.values()))[0].device.type in ("cpu", "cuda", "mps")
     parameter_groups = [
-        {"params": parameters, "weight_decay": config.weight_decay if decayed else 0.0, "scale": scale}
-        for (decayed, scale), parameters in groups.items()
+        {"params": parameters, "weight_decay": config.weight_decay if decayed else 0.0, "scale": scale, "orthogonal": matrix}
+        for (decayed, scale, matrix), parameters in groups.items()
     ]
-    return torch.optim.AdamW(parameter_groups, lr=config.learning_rate, betas=config.betas, fused=fused)
+    kind = Muon if config.optimizer == "muon" else torch.optim.AdamW
+    return kind(parameter_groups, lr=config.learning_rate, betas=config.betas, fused=fused)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, step: int, config: TrainingConfig) -> float:

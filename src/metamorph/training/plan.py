@@ -17,7 +17,7 @@ from metamorph.training.stages import count_parameters, select_trainable
 BYTES_PER_WEIGHT = 4
 """Weights are kept in float32, whatever the precision of products."""
 BYTES_PER_TRAINED_WEIGHT = 12
-"""Beside a trained weight stand its gradient and AdamW's two moments."""
+"""Beside a trained weight stand its gradient and AdamW's two moments; Muon keeps one, and needs at most about 1 GB to work in."""
 ACTIVATION_BYTES = 34
 """Kept per position, width and layer for the backward pass, in 16 bits: the estimate for a transformer layer of Korthikanti et al. 2022
 (arXiv 2205.05198), without attention scores. Float32 doubles it; gradient checkpointing keeps 2."""
