@@ -164,6 +164,26 @@ def test_settings_of_the_loss_are_read():
     assert not torch.allclose(target.norm(dim=-1), torch.ones(K))
 
 
+def test_drawn_tokens_are_hidden_from_the_input_only_and_only_if_asked():
+    model, batch = (
+        make(),
+        pad([sequence(["i", 1, 2, "i"], (False, True), first_target=6, name=f"{i}") for i in range(50)]),
+    )
+    seen: list[torch.Tensor] = []
+    model.projector.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    plain = model(**batch.model_inputs()).visual_loss
+    torch.manual_seed(1)
+    losses = [model(**batch.model_inputs(), drawn_token_dropout=1.0).visual_loss for _ in range(2)]
+    whole, *partial = seen
+    assert (whole.norm(dim=-1) > 0.99).all()
+    for tokens in partial:
+        hidden = tokens.norm(dim=-1) == 0
+        assert not hidden[~batch.visual_targets].any() and torch.equal(tokens[~hidden], whole[~hidden])
+        per_image = hidden[batch.visual_targets].float().mean(dim=1)
+        assert 0.3 < per_image.mean() < 0.7 and (per_image == 0).any() and (per_image == 1).any()
+    assert losses[0] != losses[1] != plain
+
+
 def test_num_items_in_batch_divides_the_text_loss():
     model, batch = make(), pad([rows()[1]])
     plain = model(**batch.model_inputs())

@@ -172,12 +172,14 @@ class MetaMorph(PreTrainedModel):
         use_cache: bool = False,
         logits_to_keep: int | Int64[Tensor, " kept"] | None = None,
         num_items_in_batch: int | Tensor | None = None,
+        drawn_token_dropout: float = 0.0,
         **kwargs: Any,
     ) -> MetaMorphOutput:
         """Read a batch. With `labels` return the losses; logits then only if `logits_to_keep` is given (0: all positions).
 
         `attention_mask` covers cached positions too. `is_visual` defaults to the placeholder's positions, `from_pixels` to what is given.
-        `num_items_in_batch` replaces the number of text targets as the text loss's denominator.
+        `num_items_in_batch` replaces the number of text targets as the text loss's denominator. `drawn_token_dropout`: see
+        `hide_drawn_tokens`.
 
         Raises:
             AlignmentError: positions, images and visual tokens do not fit, or there are labels and images but no `visual_targets`.
@@ -188,7 +190,9 @@ class MetaMorph(PreTrainedModel):
         from_pixels = _default_from_pixels(pixel_values, visual_tokens, is_visual) if from_pixels is None else from_pixels
         check_image_counts(is_visual, pixel_values, visual_tokens, from_pixels, "MetaMorph.forward")
         tokens = self.gather_visual_tokens(pixel_values, visual_tokens, from_pixels)
-        embeddings = self._embed(input_ids, tokens, is_visual)
+        hide = drawn_token_dropout > 0 and tokens is not None and visual_targets is not None
+        shown = hide_drawn_tokens(tokens, visual_targets, drawn_token_dropout) if hide else tokens
+        embeddings = self._embed(input_ids, shown, is_visual)
         mask = torch.ones_like(is_visual) if attention_mask is None and past_key_values is None else attention_mask
         if document_lengths is not None:
             hidden, cache = run_packed(self.get_decoder(), embeddings, mask.bool(), document_lengths, use_cache=False, **kwargs), None
@@ -300,6 +304,17 @@ def place_visual_tokens(
     if positions != n * k:
         raise AlignmentError(f"{positions} image positions but {n} images x {k} visual tokens (place_visual_tokens). Was the sequence cut?")
     return embeddings.masked_scatter(is_visual.unsqueeze(-1), visual)
+
+
+def hide_drawn_tokens(tokens: Float[Tensor, "n k v"], visual_targets: Bool[Tensor, " n"], most: float) -> Float[Tensor, "n k v"]:
+    """Zero a share of each target image's visual tokens, the share drawn uniformly from 0 to `most`; for what is fed in, not for targets.
+
+    Not in the paper. A token must then be read from the request and cannot be guessed from its neighbours alone. What follows the image
+    sees it incomplete as well. Draws from torch's random state of the CPU, which checkpoints keep, whatever the device.
+    """
+    share = most * torch.rand(len(tokens), 1)
+    hidden = (torch.rand(tokens.shape[:2]) < share).to(tokens.device) & visual_targets[:, None]
+    return tokens.masked_fill(hidden[..., None], 0.0)
 
 
 def nothing_to_learn(values: Float[Tensor, "..."]) -> LossTerm:

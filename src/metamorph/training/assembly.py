@@ -26,9 +26,9 @@ if TYPE_CHECKING:
     from metamorph.model.processing import MetaMorphProcessor
 
 
-def vpit_step(model: MetaMorph, batch: Batch) -> dict[str, LossTerm]:
+def vpit_step(model: MetaMorph, batch: Batch, drawn_token_dropout: float = 0.0) -> dict[str, LossTerm]:
     """The step function of both stages: the text and visual losses of a batch; the loop compares their counts with the collator's."""
-    terms = model(**batch.model_inputs()).terms
+    terms = model(**batch.model_inputs(), drawn_token_dropout=drawn_token_dropout).terms
     assert terms is not None  # a batch always has labels
     return terms
 

@@ -108,7 +108,7 @@ def _run_model(config, results, train_stage, evaluators, on_stage, tracker) -> N
         bound = {name: partial(_evaluate, evaluator, processor) for name, evaluator in evaluators.items()}
         try:
             result = train_stage(
-                vpit_step,
+                partial(vpit_step, drawn_token_dropout=training.drawn_token_dropout),
                 model,
                 stream,
                 training,
