@@ -12,6 +12,7 @@ from PIL import Image
 from torch.nn import functional as F
 
 from metamorph.batch import IGNORE_INDEX
+from metamorph.errors import ComponentError
 from metamorph.evaluation.metrics import Metric, Metrics, difference_of_means, majority_share, proportion, ratio_of_exponentials
 from metamorph.messages import ImagePart, Message
 from metamorph.microworld.examples import make_row, to_messages
@@ -113,9 +114,17 @@ def text_perplexity_ratio(subject: Subject, samples: int, seed: int) -> Metrics:
     """Perplexity of what the assistant says in held-out text dialogues, after VPiT over before, on the same dialogues.
 
     Only the assistant's words count: what users say is a target neither before an answer nor in VPiT.
-    """
-    from transformers import AutoModelForCausalLM
 
+    Raises:
+        ComponentError: the language model of before has other tokens.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    known = subject.pipeline.processor.tokenizer.get_vocab()
+    changed = [token for token, id_ in AutoTokenizer.from_pretrained(subject.llm_before).get_vocab().items() if known.get(token) != id_]
+    if changed:
+        found = f"{len(changed)} tokens such as {changed[0]!r} differ between model and language model"
+        raise ComponentError(f"{found} but one tokenizer was expected ({subject.llm_before}). Give the one that VPiT started from.")
     before = AutoModelForCausalLM.from_pretrained(subject.llm_before, dtype=torch.float32, use_safetensors=True).eval()
     after = subject.pipeline.model.language_model
     rows = [make_row("text", seed + 1, "test", index) for index in range(samples)]

@@ -24,6 +24,7 @@ from metamorph.microworld.language import (
     build_llama,
     language_batch,
     language_step,
+    lesson_at,
     name_questions,
     text_perplexity,
     told_scene_questions,
@@ -43,10 +44,10 @@ if TYPE_CHECKING:
 
 WEIGHTS = Path(__file__).parent / "weights"
 PARTS = ("llm", "encoder", "base", "decoder")
-NAMES_GATE, PROBE_GATE = 0.95, 0.97
+NAMES_GATE, TOLD_GATE, PROBE_GATE = 0.95, 0.65, 0.97
 
 LANGUAGE_TRAINING = TrainingConfig(
-    steps=1400, batch_size=32, learning_rate=2e-3, warmup_ratio=0.1, min_learning_rate_ratio=0.02, weight_decay=0.05,
+    steps=2600, batch_size=16, optimizer="muon", learning_rate=3e-3, warmup_ratio=0.02, min_learning_rate_ratio=0.02, weight_decay=0.05,
     betas=(0.9, 0.98), precision="float32", checkpoint_every=200, log_every=25,
 )  # fmt: skip
 ENCODER_TRAINING = TrainingConfig(
@@ -155,14 +156,16 @@ def _build_language_model(settings: Build) -> None:
     torch.manual_seed(settings.seed)
     model = build_llama(settings.size, tokenizer)
     config = LANGUAGE_TRAINING
+    steps = settings.training(config).steps
 
     def make(step: int) -> Any:
-        return language_batch(tokenizer, config.batch_size, ROW_LENGTH, np.random.default_rng([1, settings.seed, step]))
+        rng = np.random.default_rng([1, settings.seed, step])
+        return language_batch(tokenizer, config.batch_size, ROW_LENGTH, rng, lesson_at(step / steps))
 
     settings.run("llm", language_step, model, make, config)
     scores = score_language_model(model, tokenizer)
     if settings.gates:
-        check_gate("llm", scores, {"names_in_text": NAMES_GATE})
+        check_gate("llm", scores, {"names_in_text": NAMES_GATE, "told_scenes": TOLD_GATE})
     tokenizer.save_pretrained(settings.out / "llm")
     model.half().save_pretrained(settings.out / "llm")
     _save(settings, "llm", f"Llama ({settings.size}) pretrained on the microworld's text", config, scores)

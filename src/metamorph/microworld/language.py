@@ -10,21 +10,22 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch
-from jaxtyping import Int64
+from jaxtyping import Bool, Int64
 from torch import Tensor
 
 from metamorph.batch import IGNORE_INDEX
 from metamorph.losses import LossTerm, text_cross_entropy
 from metamorph.microworld.names import NamedLook
 from metamorph.microworld.questions import SCORED, ask_about_name
-from metamorph.microworld.text import document, told
+from metamorph.microworld.text import Chat, Lesson, document, told
 from metamorph.microworld.tokenizer import END, MAX_LENGTH, ROLE_TOKENS
 from metamorph.microworld.world import SceneRules, sample_scene
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-ROW_LENGTH = 128  # positions of a row of text
+ROW_LENGTH = 192  # positions of a row of text
+LESSON_ENDS: dict[Lesson, float] = {"copying": 0.15, "finding": 0.3, "reading": 0.65, "all": 1.0}
 LanguageSize = Literal["tiny", "small", "base"]
 SIZES: dict[LanguageSize, dict[str, int]] = {
     "tiny": {"hidden_size": 96, "intermediate_size": 256, "num_hidden_layers": 4, "num_attention_heads": 3, "num_key_value_heads": 3},
@@ -45,16 +46,9 @@ def build_llama(size: LanguageSize, tokenizer: PreTrainedTokenizerFast) -> Llama
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,
+        initializer_range=SIZES[size]["hidden_size"] ** -0.5,  # the usual 0.02 is made for wide models; here it delays reading
     )
     return LlamaForCausalLM(config)
-
-
-def document_text(rng: np.random.Generator) -> str:
-    """One document as the text that is tokenized: what the chat template writes, or plain text and the end token."""
-    text = document(rng)
-    if isinstance(text, str):
-        return text + END
-    return "".join(ROLE_TOKENS[role] + said + END for role, said in text)
 
 
 @dataclass
@@ -72,30 +66,51 @@ class LanguageBatch:
         return replace(self, **{name: getattr(self, name).to(device) for name in ("input_ids", "position_ids", "labels")})
 
 
-def language_batch(tokenizer: PreTrainedTokenizerFast, rows: int, length: int, rng: np.random.Generator) -> LanguageBatch:
-    """Rows of `length` positions. `labels` hold the next id, none across a border of documents."""
+def language_batch(
+    tokenizer: PreTrainedTokenizerFast, rows: int, length: int, rng: np.random.Generator, lesson: Lesson = "all"
+) -> LanguageBatch:
+    """Rows of `length` positions. `labels` hold the next id where it belongs to plain text or to what an assistant says.
+
+    Users tell scenes at random: nothing could be learnt from predicting them.
+    """
     ids = torch.full((rows, length), int(tokenizer.pad_token_id))
     positions = torch.zeros((rows, length), dtype=torch.long)
     labels = torch.full((rows, length), IGNORE_INDEX)
-    texts = [document_text(rng) for _ in range(rows * length // 24)]  # more than fit: one call of the tokenizer is fast
-    documents = iter(tokenizer(texts)["input_ids"])
     for row in range(rows):
         filled = 0
-        for document_ids in documents:
-            fresh = torch.tensor(document_ids)
+        while True:
+            fresh, spoken = _tokenized(tokenizer, document(rng, lesson))
             if filled + len(fresh) > length:
                 break
             part = slice(filled, filled + len(fresh))
             ids[row, part], positions[row, part] = fresh, torch.arange(len(fresh))
-            labels[row, filled : filled + len(fresh) - 1] = fresh[1:]
+            labels[row, filled : filled + len(fresh) - 1] = torch.where(spoken, fresh, IGNORE_INDEX)[1:]
             filled += len(fresh)
         positions[row, filled:] = torch.arange(length - filled)
     return LanguageBatch(ids, positions, labels, target_counts={"text": int((labels != IGNORE_INDEX).sum())})
 
 
+def _tokenized(tokenizer: PreTrainedTokenizerFast, text: str | Chat) -> tuple[Int64[Tensor, " t"], Bool[Tensor, " t"]]:
+    """A document's ids, as the chat template would write it, and which of them are targets."""
+    turns = [("", text)] if isinstance(text, str) else text
+    ids: list[int] = []
+    spoken: list[bool] = []
+    for (role, _), said in zip(turns, tokenizer([said + END for _, said in turns])["input_ids"], strict=True):
+        opening = [tokenizer.convert_tokens_to_ids(ROLE_TOKENS[role])] if role else []
+        ids += [*opening, *said]
+        spoken += [*[False] * len(opening), *[role in ("", "assistant")] * len(said)]
+    return torch.tensor(ids), torch.tensor(spoken)
+
+
+def lesson_at(progress: float) -> Lesson:
+    """What is taught at this share of the training."""
+    return next(lesson for lesson, end in LESSON_ENDS.items() if progress < end)
+
+
 def language_step(model: LlamaForCausalLM, batch: LanguageBatch) -> dict[str, LossTerm]:
-    """Cross-entropy of every next token."""
-    hidden = model.model(input_ids=batch.input_ids, position_ids=batch.position_ids).last_hidden_state
+    """Cross-entropy of the next token wherever there is a target."""
+    # A cache, which is the default, would switch off the mask that keeps a row's documents apart.
+    hidden = model.model(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False).last_hidden_state
     kept = batch.labels != IGNORE_INDEX
     return {"text": text_cross_entropy(model.lm_head(hidden[kept]), batch.labels[kept])}
 
@@ -131,7 +146,7 @@ def told_scene_questions(count: int, seed: int) -> list[tuple[str, str]]:
 
 @torch.no_grad()
 def text_perplexity(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, seed: int, rows: int = 64) -> float:
-    """Perplexity per token on fresh documents."""
+    """Perplexity per target (plain text, and what assistants say) on fresh documents."""
     batch = language_batch(tokenizer, rows, ROW_LENGTH, np.random.default_rng(seed)).to(model.device)
     term = language_step(model, batch)["text"]
     return float((term.sum / term.count).exp())

@@ -49,6 +49,17 @@ def _referring(scene: Scene, rng: np.random.Generator, hidden: str) -> tuple[Sce
     return choose(rng, options) if options else None
 
 
+def true_statement(scene: Scene, rng: np.random.Generator) -> str | None:
+    """A true sentence, such as: the star is red. None where the drawn attribute does not fit."""
+    hidden = choose(rng, ("colour", "shape", "size", "marking", "cell"))
+    found = _referring(scene, rng, hidden)
+    if found is None or (found[0].is_glyph and hidden in ("shape", "marking")):
+        return None
+    thing, words = found
+    value = {"shape": with_article(thing.shape), "cell": f"at the {CELLS[thing.cell]}"}.get(hidden) or getattr(thing, hidden)
+    return f"{words} is {value}"
+
+
 def ask_colour(scene: Scene, rng: np.random.Generator) -> Question | None:
     """Such as: What colour is the star?"""
     found = _referring(scene, rng, "colour")
@@ -209,6 +220,8 @@ SCORED: Mapping[str, Callable[[Scene, np.random.Generator], Question | None]] = 
     "relation": ask_relation,
     "background": ask_background,
 }
+LEARNT_LAST = ("place", "existence", "relation")
+"""Types that a model answers last: training asks them twice as often as others, in text and about unnamed pictures."""
 EXTRA: Mapping[str, Callable[[Scene, np.random.Generator], Question | None]] = {
     "glyph": ask_glyph,
     "fine_detail": ask_fine_detail,

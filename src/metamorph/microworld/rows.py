@@ -13,7 +13,7 @@ from typing import Literal
 import numpy as np
 
 from metamorph.microworld.names import COUNTRIES, in_group
-from metamorph.microworld.questions import EXTRA, SCORED, Question, ask_colour, ask_marking, ask_shape, ask_size
+from metamorph.microworld.questions import EXTRA, LEARNT_LAST, SCORED, Question, ask_colour, ask_marking, ask_shape, ask_size
 from metamorph.microworld.scenes import CELLS, Motion, Scene
 from metamorph.microworld.text import edited
 from metamorph.microworld.world import (
@@ -33,7 +33,7 @@ REPLY_TO_REQUEST = "Here is an image based on your request:"
 THINKING_PHRASE = "I will think about it visually."
 THINKING_REQUESTS = ("Think visually.", "Look closely.", "Think about it visually first.")
 REQUESTS = ("Generate an image of {}.", "Generate an image of {}", "Draw {}.", "Show me {}.", "Make a picture of {}.")
-DESCRIPTION_RATE = 0.45
+DESCRIPTION_RATE = 0.35
 MOTIONS: tuple[Motion, ...] = ("move", "grow", "recolour")
 MOTION_WORDS = {"move": "it moves", "grow": "it grows", "recolour": "it changes colour"}
 
@@ -92,7 +92,7 @@ def _scene_to_ask_about(rng: np.random.Generator, split: Split, types: tuple[str
     glyph = types == ("glyph",) or (types is None and pick < 0.38)
     tiny = types == ("fine_detail",) or (types is None and pick > 0.92)
     scene = sample_scene(rng, SceneRules(split, glyph_rate=0.5 * glyph, tiny_rate=0.5 * tiny))
-    return scene, types or (*SCORED, *(("glyph",) * 4 if glyph else ()), *(("fine_detail",) * 4 if tiny else ()))
+    return scene, types or (*SCORED, *LEARNT_LAST, *(("glyph",) * 4 if glyph else ()), *(("fine_detail",) * 4 if tiny else ()))
 
 
 def description(rng: np.random.Generator, split: Split) -> Row:
@@ -109,13 +109,13 @@ def description(rng: np.random.Generator, split: Split) -> Row:
 
 
 def image_qa(rng: np.random.Generator, split: Split, types: tuple[str, ...] | None = None, turns: int | None = None) -> Row:
-    """An image, and one to three questions about it with short answers, or a request to describe it."""
+    """An image, and up to five questions about it with short answers, or a request to describe it."""
     if types is None and rng.random() < DESCRIPTION_RATE:
         return description(rng, split)
     asked: list[Question] = []
     while not asked:
         scene, pool = _scene_to_ask_about(rng, split, types)
-        wanted = turns or int(rng.integers(1, 4))
+        wanted = turns or int(rng.integers(2, 6))
         found = [question for question in (ask(scene, rng, split, pool) for _ in range(4 * wanted)) if question is not None]
         asked = list({question.text: question for question in found}.values())[:wanted]
     said: list[tuple[str, tuple[RowPart, ...]]] = []

@@ -34,7 +34,7 @@ _TASKS: tuple[tuple[str, Run, int, int], ...] = (
     ("vqa", vqa, 540, 540),  # 60 of each of the nine scored types
     ("video", video, 500, 500),
     ("names_in_text", names_in_text, 512, 512),  # 8 questions about each name
-    ("text_perplexity_ratio", text_perplexity_ratio, 128, 500),  # rows of 128 tokens
+    ("text_perplexity_ratio", text_perplexity_ratio, 128, 500),  # dialogues
     ("drawing", drawing, 200, 500),
     ("held_out_combinations", held_out_combinations, 200, 500),
     ("reconstruction", reconstruction, 200, 500),

@@ -6,17 +6,32 @@ of role and text) or plain text; both are pure functions of a generator.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from typing import Literal
 
 import numpy as np
 
 from metamorph.microworld.names import COUNTRIES, by_look, countries_of_towns, emblems, named_looks, puzzles
-from metamorph.microworld.questions import SCORED, Question, ask_about_name
-from metamorph.microworld.scenes import BACKGROUNDS, CELLS, COLOURS, Scene
-from metamorph.microworld.world import SceneRules, caption, choose, sample_clip, sample_object, sample_scene, with_article
+from metamorph.microworld.questions import LEARNT_LAST, SCORED, Question, ask_about_name, true_statement
+from metamorph.microworld.scenes import BACKGROUNDS, CELLS, COLOURS, MARKINGS, SHAPES, SIZES, Scene
+from metamorph.microworld.world import (
+    SceneRules,
+    by_corner,
+    by_place,
+    caption,
+    choose,
+    dense_caption,
+    sample_clip,
+    sample_object,
+    sample_scene,
+    with_article,
+)
 
 Chat = list[tuple[str, str]]
+Lesson = Literal["copying", "finding", "reading", "all"]
+Shares = tuple[tuple[float, Callable[[np.random.Generator], str | Chat]], ...]
+_ASKED_IN_TEXT = tuple(SCORED[type_] for type_ in (*SCORED, *LEARNT_LAST))
 ANY = SceneRules(use="any", split=None, glyph_rate=0.04, tiny_rate=0.06)
 
 
@@ -45,20 +60,76 @@ def _said(question: Question) -> Chat:
 
 
 def told(scene: Scene, rng: np.random.Generator | None = None) -> str:
-    """A scene told in words, as dialogues open."""
-    return f"Think of {caption(scene, rng)}. "
+    """A scene told in words, as dialogues open: as a caption, or with `rng` in one of three ways."""
+    pick = 0.0 if rng is None else rng.random()
+    words = caption(scene, rng) if pick < 0.5 else by_place(scene, rng) if pick < 0.85 else dense_caption(scene)
+    return f"Think of {words}. "
 
 
 def told_scene_dialogue(rng: np.random.Generator) -> Chat:
-    """A scene told in words, then one to three questions about it."""
+    """A scene told in words, then four to twelve questions about it: many, so that most of what is learnt is reading."""
     scene = sample_scene(rng, ANY)
     chat: Chat = []
-    while len(chat) < 2 * int(rng.integers(1, 4)):
-        question = choose(rng, list(SCORED.values()))(scene, rng)
+    wanted = int(rng.integers(4, 13))
+    while len(chat) < 2 * wanted:
+        question = choose(rng, _ASKED_IN_TEXT)(scene, rng)
         if question is not None:
             opening = "" if chat else told(scene, rng)
             chat += [("user", opening + question.text), ("assistant", question.answer)]
     return chat
+
+
+_WORDS = (*COLOURS, *SHAPES, *BACKGROUNDS, *SIZES, *MARKINGS, *CELLS, "nothing", "yes", "no", "none", "one", "two", "three")
+
+
+def repeating_dialogue(rng: np.random.Generator) -> Chat:
+    """Words in a random order, said again."""
+    said = " ".join(choose(rng, _WORDS) for _ in range(int(rng.integers(5, 25))))
+    return [("user", f"Repeat: {said}"), ("assistant", said)]
+
+
+def _pairs(rng: np.random.Generator) -> tuple[str, list[tuple[str, str]]]:
+    """Words as they are introduced in pairs, and a list of pairs to come back to, first word first or last."""
+    words = [_WORDS[i] for i in rng.permutation(len(_WORDS))[: 2 * int(rng.integers(3, 9))]]
+    pairs = list(zip(words[::2], words[1::2], strict=True))
+    again = [choose(rng, pairs) for _ in range(int(rng.integers(len(pairs), 2 * len(pairs))))]
+    return f"Pairs: {', '.join(' '.join(pair) for pair in pairs)}.", [pair if rng.random() < 0.5 else pair[::-1] for pair in again]
+
+
+def pairs_again_dialogue(rng: np.random.Generator) -> Chat:
+    """Pairs of words, gone through in any order and direction: a partner follows its word at once."""
+    given, again = _pairs(rng)
+    return [("user", f"{given} Go through them."), ("assistant", ", ".join(" ".join(pair) for pair in again))]
+
+
+def pairs_dialogue(rng: np.random.Generator) -> Chat:
+    """Pairs of words; then words ask for their partners, which some dialogues answer with the word repeated."""
+    given, again = _pairs(rng)
+    repeated = rng.random() < 0.3
+    chat: Chat = []
+    for word, partner in again:
+        chat += [("user", f"{'' if chat else given + ' '}{word}?"), ("assistant", f"{word} {partner}" if repeated else partner)]
+    return chat
+
+
+def statements_dialogue(rng: np.random.Generator) -> Chat:
+    """A scene told in words, and four to ten true sentences about its objects."""
+    scene = sample_scene(rng, ANY)
+    said: list[str] = []
+    wanted = int(rng.integers(4, 11))
+    while len(said) < wanted:
+        statement = true_statement(scene, rng)
+        said += [statement] if statement is not None else []
+    return [("user", told(scene, rng) + "Tell me about it."), ("assistant", ", ".join(said))]
+
+
+def retelling_dialogue(rng: np.random.Generator) -> Chat:
+    """A scene said again, mostly in another way: object by object, corner by corner, or cell by cell."""
+    scene = sample_scene(rng, ANY)
+    given = choose(rng, (caption(scene, rng), by_place(scene, rng), by_corner(scene), dense_caption(scene)))
+    wanted = (("Say it again:", caption(scene)), ("Go through the corners:", by_corner(scene)), ("Cell by cell:", dense_caption(scene)))
+    request, answer = choose(rng, wanted)
+    return [("user", f"{request} {given}"), ("assistant", answer)]
 
 
 def name_dialogue(rng: np.random.Generator) -> Chat:
@@ -153,20 +224,43 @@ def motion_dialogue(rng: np.random.Generator) -> Chat:
     return [("user", f"First: {first}. Then: {second}. What comes next?"), ("assistant", third)]
 
 
-_DOCUMENTS: tuple[tuple[float, Callable[[np.random.Generator], str | Chat]], ...] = (
-    (0.14, plain_description),
+# What the language model is taught, in an order that makes it quick (LAB_LOG.md): to copy, to find the partner of a word, to find what was
+# told of an object, and only then all that the world's text holds.
+_COPYING: Shares = ((0.4, repeating_dialogue), (0.4, pairs_again_dialogue), (0.2, pairs_dialogue))
+_FINDING: Shares = ((0.1, repeating_dialogue), (0.25, pairs_again_dialogue), (0.65, pairs_dialogue))
+_READING: Shares = (
+    (0.05, pairs_dialogue),
+    (0.2, statements_dialogue),
+    (0.5, told_scene_dialogue),
+    (0.2, retelling_dialogue),
+    (0.03, edit_dialogue),
+    (0.02, motion_dialogue),
+)
+_DOCUMENTS: Shares = (
+    (0.02, repeating_dialogue),
+    (0.05, pairs_dialogue),
+    (0.06, plain_description),
+    (0.07, statements_dialogue),
     (0.24, told_scene_dialogue),
+    (0.08, retelling_dialogue),
     (0.14, name_dialogue),
-    (0.08, name_statement),
-    (0.08, name_of_look_dialogue),
-    (0.1, plain_words_dialogue),
-    (0.1, fact_dialogue),
-    (0.06, edit_dialogue),
-    (0.06, motion_dialogue),
+    (0.07, name_statement),
+    (0.07, name_of_look_dialogue),
+    (0.06, plain_words_dialogue),
+    (0.08, fact_dialogue),
+    (0.05, edit_dialogue),
+    (0.04, motion_dialogue),
 )
 
 
-def document(rng: np.random.Generator) -> str | Chat:
-    """One document of the corpus: plain text or a chat."""
-    weights = np.array([weight for weight, _ in _DOCUMENTS])
-    return _DOCUMENTS[int(rng.choice(len(_DOCUMENTS), p=weights / weights.sum()))][1](rng)
+_SHARES: Mapping[Lesson, Shares] = {"copying": _COPYING, "finding": _FINDING, "reading": _READING, "all": _DOCUMENTS}
+
+
+def document(rng: np.random.Generator, lesson: Lesson = "all") -> str | Chat:
+    """One document of the corpus: plain text or a chat.
+
+    The lessons before "all" need nothing to be known by heart but the order of colours and places.
+    """
+    shares = _SHARES[lesson]
+    weights = np.array([weight for weight, _ in shares])
+    return shares[int(rng.choice(len(shares), p=weights / weights.sum()))][1](rng)

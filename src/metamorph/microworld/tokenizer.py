@@ -13,7 +13,7 @@ from metamorph.microworld.world import SceneRules, dense_caption, sample_scene
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-VOCABULARY_SIZE = 1024
+VOCABULARY_SIZE = 1280
 MAX_LENGTH = 1024
 PAD, END = "<|pad|>", "<|end|>"
 ROLE_TOKENS = {"system": "<|system|>", "user": "<|user|>", "assistant": "<|assistant|>"}
@@ -23,6 +23,9 @@ CHAT_TEMPLATE = (
     "{% else %}{{ message['content'] + '<|end|>' }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
 )
+# Merges stay inside words, numbers, punctuation or white space; but a place of two words is one piece, so that it has one token, not two
+# that it shares with other places.
+_PIECES = r" ?(?:top|bottom) (?:left|right)\b| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+"
 # Words that visual training uses and that the text corpus does not hold, so that they are single tokens too.
 _EXTRA_TEXT = (
     "Generate an image of",
@@ -38,18 +41,20 @@ def corpus(seed: int, documents: int) -> Iterator[str]:
     rng = np.random.default_rng(seed)
     for _ in range(documents):
         text = document(rng)
-        yield text if isinstance(text, str) else " ".join(said for _, said in text)
+        yield from [text] if isinstance(text, str) else [said for _, said in text]  # turns by themselves: answers open without a space
         yield dense_caption(sample_scene(rng, SceneRules(use="any", glyph_rate=0.1, tiny_rate=0.1)))
         yield " ".join(_EXTRA_TEXT)
 
 
 def build_tokenizer(seed: int = 0, documents: int = 6000) -> PreTrainedTokenizerFast:
     """Train the tokenizer: byte-level BPE, so that every string has tokens and decodes back to itself."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(Regex(_PIECES), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=VOCABULARY_SIZE,

@@ -192,6 +192,21 @@ def caption(scene: Scene, rng: np.random.Generator | None = None, names: dict[in
     return f"{join_words(parts)} on {scene.background}"
 
 
+def by_place(scene: Scene, rng: np.random.Generator | None = None) -> str:
+    """The full caption with each place before its object. With `rng` the objects come in a random order."""
+    order = list(scene.objects) if rng is None else [scene.objects[i] for i in rng.permutation(len(scene.objects))]
+    parts = [f"{place_of(thing)} {with_article(describe(thing))}" for thing in order]
+    return ", ".join([*parts, f"on {scene.background}"])
+
+
+def by_corner(scene: Scene) -> str:
+    """All four places in reading order, empty ones included."""
+    parts = [
+        f"at the {name} {with_article(describe(thing)) if (thing := scene.at(cell)) else 'nothing'}" for cell, name in enumerate(CELLS)
+    ]
+    return ", ".join([*parts, f"on {scene.background}"])
+
+
 def partial_caption(scene: Scene, rng: np.random.Generator) -> str:
     """A caption that leaves attributes free; it is true of the scene but does not fix it.
 
