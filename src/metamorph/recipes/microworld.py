@@ -21,9 +21,9 @@ def microworld_demo() -> RunConfig:
     return _vpit(
         "demo",
         "A small LLM learns to see and to draw, in a few minutes on two cores.",
-        projector=TrainingConfig(steps=60, batch_size=32, learning_rate=2e-3, warmup_ratio=0.1, weight_decay=0.01),
+        projector=TrainingConfig(steps=30, batch_size=32, learning_rate=2e-3, warmup_ratio=0.1, weight_decay=0.01),
         joint=TrainingConfig(
-            steps=700, batch_size=32, optimizer="muon", learning_rate=2e-3, warmup_ratio=0.05, weight_decay=0.01, checkpoint_every=200
+            steps=620, batch_size=32, optimizer="muon", learning_rate=4e-3, warmup_ratio=0.05, weight_decay=0.01, checkpoint_every=200
         ),
         kinds=DEMO_MIXTURE,
     )
