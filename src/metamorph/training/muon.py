@@ -82,9 +82,9 @@ def _wide(matrix: Tensor) -> Tensor:
     return matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
 
 
-def hidden_matrices(model: nn.Module) -> set[nn.Parameter]:
+def hidden_matrices(model: nn.Module) -> set[Tensor]:
     """The weights that Muon is for: those of all linear layers but output heads; never embeddings."""
-    outer: set[nn.Parameter] = {module.weight for module in model.modules() if isinstance(module, nn.Embedding)}
+    outer: set[Tensor] = {module.weight for module in model.modules() if isinstance(module, nn.Embedding)}
     for module in model.modules():
         get_head = getattr(module, "get_output_embeddings", None)
         head = get_head() if callable(get_head) else None
