@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PreTrainedModel
+from transformers.utils import logging
 
 from metamorph.errors import AlignmentError, CheckpointError, ConfigError
 from metamorph.model.configuration import MetaMorphConfig
@@ -114,6 +115,8 @@ def load_vision_model(path: str | Path) -> PreTrainedModel:
     Raises:
         CheckpointError: files are missing or broken, or a tensor of the tower is absent.
     """
+    loudness = logging.get_verbosity()
+    logging.set_verbosity_error()  # transformers lists the text tower, which nobody asked for; what matters is checked below
     try:
         config = AutoConfig.from_pretrained(path)
         model, report = AutoModel.from_pretrained(
@@ -123,6 +126,8 @@ def load_vision_model(path: str | Path) -> PreTrainedModel:
         raise CheckpointError(
             f"{error} but a vision encoder in safetensors was expected ({path}). Give the directory of a complete checkpoint."
         ) from error
+    finally:
+        logging.set_verbosity(loudness)
     if missing := sorted(report["missing_keys"]):
         raise CheckpointError(
             f"{len(missing)} tensors absent, such as {missing[0]}, but a complete vision encoder was expected ({path}). Save it again."
