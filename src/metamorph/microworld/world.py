@@ -181,21 +181,24 @@ def join_words(items: Sequence[str]) -> str:
     return items[0] if len(items) == 1 else f"{', '.join(items[:-1])} and {items[-1]}"
 
 
+def _in_order(scene: Scene, rng: np.random.Generator | None) -> list[SceneObject]:
+    """The objects as they are told: in reading order, or with `rng` in a random one."""
+    return list(scene.objects) if rng is None else [scene.objects[i] for i in rng.permutation(len(scene.objects))]
+
+
 def caption(scene: Scene, rng: np.random.Generator | None = None, names: dict[int, str] | None = None) -> str:
     """The full caption: every attribute of every object, and the background.
 
     With `rng` the objects come in a random order. `names` gives invented names by cell.
     """
-    order = list(scene.objects) if rng is None else [scene.objects[i] for i in rng.permutation(len(scene.objects))]
     names = names or {}
-    parts = [f"{with_article(describe(thing, name=names.get(thing.cell)))} {place_of(thing)}" for thing in order]
+    parts = [f"{with_article(describe(thing, name=names.get(thing.cell)))} {place_of(thing)}" for thing in _in_order(scene, rng)]
     return f"{join_words(parts)} on {scene.background}"
 
 
 def by_place(scene: Scene, rng: np.random.Generator | None = None) -> str:
     """The full caption with each place before its object. With `rng` the objects come in a random order."""
-    order = list(scene.objects) if rng is None else [scene.objects[i] for i in rng.permutation(len(scene.objects))]
-    parts = [f"{place_of(thing)} {with_article(describe(thing))}" for thing in order]
+    parts = [f"{place_of(thing)} {with_article(describe(thing))}" for thing in _in_order(scene, rng)]
     return ", ".join([*parts, f"on {scene.background}"])
 
 
