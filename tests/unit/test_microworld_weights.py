@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 from metamorph.errors import ComponentError
 from metamorph.microworld.cards import read_card, write_card
@@ -34,6 +35,12 @@ def test_each_part_has_a_card_that_belongs_to_its_weights(name: str) -> None:
     card = read_card(shipped(name))
     assert card.scores
     assert card.how["seed"] is not None
+
+
+def test_the_shipped_model_speaks_the_tokens_of_the_shipped_language_model() -> None:
+    """Measured before and after VPiT only make sense together if one comes from the other."""
+    before, after = (AutoTokenizer.from_pretrained(shipped(name)).get_vocab() for name in ("llm", "metamorph"))
+    assert before.items() <= after.items()
 
 
 def test_weights_that_are_not_those_of_the_card_are_refused(tmp_path: Path) -> None:

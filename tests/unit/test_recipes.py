@@ -4,7 +4,7 @@ import pytest
 from typer.testing import CliRunner
 
 from metamorph.errors import ConfigError
-from metamorph.recipes import RECIPES, load_recipe, metamorph_llama3_1_8b, sd15_decoder
+from metamorph.recipes import RECIPES, load_recipe, metamorph_llama3_1_8b, microworld, microworld_demo, sd15_decoder
 from metamorph.recipes.metamorph import paper_learning_rate
 from metamorph.training.optim import learning_rate_factor
 
@@ -24,6 +24,15 @@ def test_the_papers_model():
     for stage in (first, second):
         assert stage.data.max_length == 4096 and stage.data.epochs == 1
         assert (stage.training.warmup_ratio, stage.training.schedule, stage.training.weight_decay) == (0.03, "cosine", 0)
+
+
+@pytest.mark.parametrize("recipe", [microworld, microworld_demo])
+def test_the_microworlds_first_stage_aligns_the_projector_on_what_a_frozen_llm_can_say(recipe):
+    config = recipe()
+    first, second = config.stages[:2]
+    assert first.train == ("projector",) and first.training.loss_weight("visual") == 0
+    assert first.data.sources[0].kwargs["kinds"] == {"image_qa": 1.0}
+    assert second.data is None and second.training.drawn_token_dropout == 1
 
 
 def test_the_papers_decoder():

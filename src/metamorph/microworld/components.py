@@ -44,11 +44,11 @@ if TYPE_CHECKING:
 
 WEIGHTS = Path(__file__).parent / "weights"
 PARTS = ("llm", "encoder", "base", "decoder")
-NAMES_GATE, TOLD_GATE, PROBE_GATE = 0.95, 0.65, 0.97
+NAMES_GATE, TOLD_GATE, PROBE_GATE = 0.95, 0.77, 0.97
 
 LANGUAGE_TRAINING = TrainingConfig(
-    steps=2600, batch_size=16, optimizer="muon", learning_rate=3e-3, warmup_ratio=0.02, min_learning_rate_ratio=0.02, weight_decay=0.05,
-    betas=(0.9, 0.98), precision="float32", checkpoint_every=200, log_every=25,
+    steps=3200, batch_size=16, optimizer="muon", learning_rate=4e-3, learning_rate_scale={"model.embed_tokens": 0.5}, warmup_ratio=0.02,
+    min_learning_rate_ratio=0.02, weight_decay=0.05, betas=(0.9, 0.98), precision="float32", checkpoint_every=200, log_every=25,
 )  # fmt: skip
 ENCODER_TRAINING = TrainingConfig(
     steps=2600, batch_size=64, learning_rate=1.5e-3, warmup_ratio=0.083, min_learning_rate_ratio=0.02, weight_decay=0.02,
@@ -267,10 +267,12 @@ def _build_decoder(settings: Build) -> None:
     vision = microworld_vision(siglip)
     torch.manual_seed(settings.seed + 3)
     model = decoder_from_base(settings.out / "base")
+    # The sketch is learnt from true tokens: with errors from the start, reconstruction ends at 0.82, not 0.96 (LAB_LOG.md).
     make = decoder_batches(vision, DECODER_TRAINING.batch_size, settings.seed)
     settings.run("sketch", sketch_step, model, make, SKETCH_TRAINING)
     average = WeightAverage(model, decay=0.998)
-    make = decoder_batches(vision, DECODER_TRAINING.batch_size, settings.seed + 1)  # other pictures than the sketch saw
+    # Other pictures than the sketch saw.
+    make = decoder_batches(vision, DECODER_TRAINING.batch_size, settings.seed + 1, regression_errors=True)
     settings.run("decoder", decoder_step, model, make, DECODER_TRAINING, companions={"average": average})
     average.copy_to(model)
     pipeline = VisualDecoderPipeline.from_model(model)

@@ -15,9 +15,10 @@ from torch import Tensor
 
 from metamorph.batch import IGNORE_INDEX
 from metamorph.losses import LossTerm, text_cross_entropy
+from metamorph.microworld.exercises import Chat
 from metamorph.microworld.names import NamedLook
 from metamorph.microworld.questions import SCORED, ask_about_name
-from metamorph.microworld.text import Chat, Lesson, document, told
+from metamorph.microworld.text import Lesson, document, told
 from metamorph.microworld.tokenizer import END, MAX_LENGTH, ROLE_TOKENS
 from metamorph.microworld.world import SceneRules, sample_scene
 
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 ROW_LENGTH = 192  # positions of a row of text
-LESSON_ENDS: dict[Lesson, float] = {"copying": 0.15, "finding": 0.3, "reading": 0.65, "all": 1.0}
+LESSON_ENDS: dict[Lesson, float] = {"copying": 0.1, "finding": 0.28, "reading": 0.68, "all": 1.0}
 LanguageSize = Literal["tiny", "small", "base"]
 SIZES: dict[LanguageSize, dict[str, int]] = {
     "tiny": {"hidden_size": 96, "intermediate_size": 256, "num_hidden_layers": 4, "num_attention_heads": 3, "num_key_value_heads": 3},

@@ -55,8 +55,8 @@ def write_model_card(run_dir: Path, out: Path, report: dict[str, Any]) -> None:
             f"no {settings.name} but the settings of the run were expected ({run_dir}). Name the directory of a finished run."
         )
     config = yaml.safe_load(settings.read_text(encoding="utf-8"))
-    stages = {stage["name"]: stage["training"] for stage in config["stages"]}
-    how = {"recipe": config["name"], "seed": config["stages"][0]["training"]["seed"], "stages": stages, "data": config["data"]}
+    stages = {stage["name"]: {**stage["training"], "data": stage["data"] or config["data"]} for stage in config["stages"]}
+    how = {"recipe": config["name"], "seed": config["stages"][0]["training"]["seed"], "stages": stages}
     how["command"] = "metamorph train microworld, then metamorph microworld ship"
     scores = {name: report["metrics"][name]["value"] for name in _ON_THE_CARD}
     report = {**report, "command": "metamorph microworld ship"}

@@ -6,15 +6,16 @@ of role and text) or plain text; both are pure functions of a generator.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Literal
 
 import numpy as np
 
+from metamorph.microworld.exercises import Chat, pairs_again_dialogue, pairs_dialogue, repeating_dialogue, things_dialogue
 from metamorph.microworld.names import COUNTRIES, by_look, countries_of_towns, emblems, named_looks, puzzles
 from metamorph.microworld.questions import LEARNT_LAST, SCORED, Question, ask_about_name, true_statement
-from metamorph.microworld.scenes import BACKGROUNDS, CELLS, COLOURS, MARKINGS, SHAPES, SIZES, Scene
+from metamorph.microworld.scenes import BACKGROUNDS, CELLS, COLOURS, Scene
 from metamorph.microworld.world import (
     SceneRules,
     by_corner,
@@ -22,13 +23,13 @@ from metamorph.microworld.world import (
     caption,
     choose,
     dense_caption,
+    describe,
     sample_clip,
     sample_object,
     sample_scene,
     with_article,
 )
 
-Chat = list[tuple[str, str]]
 Lesson = Literal["copying", "finding", "reading", "all"]
 Shares = tuple[tuple[float, Callable[[np.random.Generator], str | Chat]], ...]
 _ASKED_IN_TEXT = tuple(SCORED[type_] for type_ in (*SCORED, *LEARNT_LAST))
@@ -66,50 +67,46 @@ def told(scene: Scene, rng: np.random.Generator | None = None) -> str:
     return f"Think of {words}. "
 
 
-def told_scene_dialogue(rng: np.random.Generator) -> Chat:
-    """A scene told in words, then four to twelve questions about it: many, so that most of what is learnt is reading."""
-    scene = sample_scene(rng, ANY)
+def _asked(scene: Scene, opening: str, count: int, rng: np.random.Generator) -> Chat:
+    """`count` questions about a scene, `opening` before the first: many, so that most of what is learnt is reading."""
     chat: Chat = []
-    wanted = int(rng.integers(4, 13))
-    while len(chat) < 2 * wanted:
+    while len(chat) < 2 * count:
         question = choose(rng, _ASKED_IN_TEXT)(scene, rng)
         if question is not None:
-            opening = "" if chat else told(scene, rng)
-            chat += [("user", opening + question.text), ("assistant", question.answer)]
+            chat += [("user", ("" if chat else opening) + question.text), ("assistant", question.answer)]
     return chat
 
 
-_WORDS = (*COLOURS, *SHAPES, *BACKGROUNDS, *SIZES, *MARKINGS, *CELLS, "nothing", "yes", "no", "none", "one", "two", "three")
+def told_scene_dialogue(rng: np.random.Generator) -> Chat:
+    """A scene told in words, then four to twelve questions about it."""
+    scene = sample_scene(rng, ANY)
+    return _asked(scene, told(scene, rng), int(rng.integers(4, 13)), rng)
 
 
-def repeating_dialogue(rng: np.random.Generator) -> Chat:
-    """Words in a random order, said again."""
-    said = " ".join(choose(rng, _WORDS) for _ in range(int(rng.integers(5, 25))))
-    return [("user", f"Repeat: {said}"), ("assistant", said)]
+_GRID = (0, 0, 1, 1, 0, 0, 1, 1, 2, 2, 3, 3, 2, 2, 3, 3)  # the cell at each of four places in four rows
 
 
-def _pairs(rng: np.random.Generator) -> tuple[str, list[tuple[str, str]]]:
-    """Words as they are introduced in pairs, and a list of pairs to come back to, first word first or last."""
-    words = [_WORDS[i] for i in rng.permutation(len(_WORDS))[: 2 * int(rng.integers(3, 9))]]
-    pairs = list(zip(words[::2], words[1::2], strict=True))
-    again = [choose(rng, pairs) for _ in range(int(rng.integers(len(pairs), 2 * len(pairs))))]
-    return f"Pairs: {', '.join(' '.join(pair) for pair in pairs)}.", [pair if rng.random() < 0.5 else pair[::-1] for pair in again]
+def _row_by_row(cells: Sequence[str], between: str) -> str:
+    """What stands in the cells, as a grid of words: a picture such as a text can hold, in the order in which visual tokens come."""
+    return between.join(cells[cell] for cell in _GRID)
 
 
-def pairs_again_dialogue(rng: np.random.Generator) -> Chat:
-    """Pairs of words, gone through in any order and direction: a partner follows its word at once."""
-    given, again = _pairs(rng)
-    return [("user", f"{given} Go through them."), ("assistant", ", ".join(" ".join(pair) for pair in again))]
-
-
-def pairs_dialogue(rng: np.random.Generator) -> Chat:
-    """Pairs of words; then words ask for their partners, which some dialogues answer with the word repeated."""
-    given, again = _pairs(rng)
-    repeated = rng.random() < 0.3
+def grid_dialogue(rng: np.random.Generator) -> Chat:
+    """A told scene, then one to three of its attributes as grids of words. Drawing is learnt sooner with it (LAB_LOG.md)."""
+    scene = sample_scene(rng, ANY)
     chat: Chat = []
-    for word, partner in again:
-        chat += [("user", f"{'' if chat else given + ' '}{word}?"), ("assistant", f"{word} {partner}" if repeated else partner)]
+    for attribute in rng.permutation(("colour", "shape", "size", "marking"))[: int(rng.integers(1, 4))]:
+        cells = [str(getattr(thing, attribute)) if (thing := scene.at(cell)) else "nothing" for cell in range(4)]
+        asked = f"{'' if chat else told(scene, rng)}Row by row, {attribute}:"
+        chat += [("user", asked), ("assistant", _row_by_row(cells, " "))]
     return chat
+
+
+def grid_questions_dialogue(rng: np.random.Generator) -> Chat:
+    """Four to nine questions about a grid of words, in which places show only in the order."""
+    scene = sample_scene(rng, ANY)
+    cells = [describe(thing) if (thing := scene.at(cell)) else "nothing" for cell in range(4)]
+    return _asked(scene, f"Row by row: {_row_by_row(cells, ', ')}, on {scene.background}. ", int(rng.integers(4, 10)), rng)
 
 
 def statements_dialogue(rng: np.random.Generator) -> Chat:
@@ -227,29 +224,35 @@ def motion_dialogue(rng: np.random.Generator) -> Chat:
 # What the language model is taught, in an order that makes it quick (LAB_LOG.md): to copy, to find the partner of a word, to find what was
 # told of an object, and only then all that the world's text holds.
 _COPYING: Shares = ((0.4, repeating_dialogue), (0.4, pairs_again_dialogue), (0.2, pairs_dialogue))
-_FINDING: Shares = ((0.1, repeating_dialogue), (0.25, pairs_again_dialogue), (0.65, pairs_dialogue))
+_FINDING: Shares = ((0.1, repeating_dialogue), (0.2, pairs_again_dialogue), (0.5, pairs_dialogue), (0.2, things_dialogue))
 _READING: Shares = (
     (0.05, pairs_dialogue),
-    (0.2, statements_dialogue),
-    (0.5, told_scene_dialogue),
-    (0.2, retelling_dialogue),
-    (0.03, edit_dialogue),
+    (0.2, things_dialogue),
+    (0.05, statements_dialogue),
+    (0.4, told_scene_dialogue),
+    (0.12, retelling_dialogue),
+    (0.06, grid_dialogue),
+    (0.06, grid_questions_dialogue),
+    (0.04, edit_dialogue),
     (0.02, motion_dialogue),
 )
 _DOCUMENTS: Shares = (
     (0.02, repeating_dialogue),
-    (0.05, pairs_dialogue),
+    (0.03, pairs_dialogue),
+    (0.08, things_dialogue),
     (0.06, plain_description),
-    (0.07, statements_dialogue),
-    (0.24, told_scene_dialogue),
-    (0.08, retelling_dialogue),
-    (0.14, name_dialogue),
-    (0.07, name_statement),
-    (0.07, name_of_look_dialogue),
-    (0.06, plain_words_dialogue),
-    (0.08, fact_dialogue),
-    (0.05, edit_dialogue),
-    (0.04, motion_dialogue),
+    (0.04, statements_dialogue),
+    (0.2, told_scene_dialogue),
+    (0.05, retelling_dialogue),
+    (0.06, grid_dialogue),
+    (0.05, grid_questions_dialogue),
+    (0.12, name_dialogue),
+    (0.06, name_statement),
+    (0.06, name_of_look_dialogue),
+    (0.05, plain_words_dialogue),
+    (0.06, fact_dialogue),
+    (0.04, edit_dialogue),
+    (0.02, motion_dialogue),
 )
 
 

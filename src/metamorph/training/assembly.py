@@ -144,7 +144,12 @@ def build_decoder_stream(config: DecoderConfig, training: TrainingConfig, encode
     if share % micro or training.batch_size % world_size():
         sizes = f"batch_size {training.batch_size}, {world_size()} processes and micro_batch_size {training.micro_batch_size}"
         raise ConfigError(f"{sizes} but they must divide (decoder). Choose multiples.")
-    call = partial(_call, config.batches, encode=encoder.encode_images, size=micro)
+    device = next(encoder.parameters()).device
+
+    def encode(pixels: Any) -> Any:
+        return encoder.encode_images(pixels.to(device)).cpu()  # batches are made on the CPU and moved by the loop
+
+    call = partial(_call, config.batches, encode=encode, size=micro)
     parts = share // micro
     makers = [call(seed=(training.seed * world_size() + rank()) * parts + part) for part in range(parts)]
     return DecoderStream(lambda step: [make(step) for make in makers])
