@@ -29,7 +29,7 @@ def test_the_papers_model():
 @pytest.mark.parametrize("recipe", [microworld, microworld_demo])
 def test_the_microworlds_first_stage_aligns_the_projector_on_what_a_frozen_llm_can_say(recipe):
     config = recipe()
-    first, second = config.stages[:2]
+    first, second = config.stages
     assert first.train == ("projector",) and first.training.loss_weight("visual") == 0
     assert first.data.sources[0].kwargs["kinds"] == {"image_qa": 1.0}
     assert second.data is None and second.training.drawn_token_dropout == 1
