@@ -101,7 +101,8 @@ def load(model: str | None, decoder: str | None, device: str | None, *, needs_de
     elif decoder is None and (Path(model) / "decoder").is_dir():
         decoder = str(Path(model) / "decoder")
     if needs_decoder and decoder is None:
-        raise CheckpointError(f"no decoder but -o needs one ({model}). Give --decoder DIR.")
+        found = "no decoder" if Path(model).is_dir() else "no such directory, hence no decoder,"
+        raise CheckpointError(f"{found} but -o needs one ({model}). Give --decoder DIR, or the directory of a model that has one.")
     return MetaMorphPipeline.from_pretrained(model, decoder, device=device)
 
 

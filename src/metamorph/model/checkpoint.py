@@ -30,7 +30,9 @@ def load_checkpoint(load: Callable[..., Any], path: str | Path, *args: Any, outp
     except CheckpointError:
         raise
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise CheckpointError(f"{_first_line(error)} but a MetaMorph checkpoint was expected ({path}). {REMEDY}") from error
+        found = _first_line(error).rstrip(".")
+        found = found if Path(path).is_dir() else f"no such directory, and from the hub: {found},"
+        raise CheckpointError(f"{found} but a MetaMorph checkpoint was expected ({path}). {REMEDY}") from error
     _check_complete(model, sorted(report["missing_keys"]), path)
     if model.config.vision_encoder_path is not None:
         _load_encoder(model, Path(path))
