@@ -267,7 +267,7 @@ def _build_decoder(settings: Build) -> None:
     vision = microworld_vision(siglip)
     torch.manual_seed(settings.seed + 3)
     model = decoder_from_base(settings.out / "base")
-    # The sketch is learnt from true tokens: with errors from the start, reconstruction ends at 0.82, not 0.96 (LAB_LOG.md).
+    # The sketch is learnt from true tokens: with errors from the start, reconstruction ended at 0.82 (LAB_LOG.md).
     make = decoder_batches(vision, DECODER_TRAINING.batch_size, settings.seed)
     settings.run("sketch", sketch_step, model, make, SKETCH_TRAINING)
     average = WeightAverage(model, decay=0.998)

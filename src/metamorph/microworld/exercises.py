@@ -5,7 +5,7 @@ A small model reads a told scene only after it can copy and find; lookups teach 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
@@ -16,6 +16,14 @@ Chat = list[tuple[str, str]]
 _Thing = dict[str, str]  # attribute: value
 _WORDS = (*COLOURS, *SHAPES, *BACKGROUNDS, *SIZES, *MARKINGS, *CELLS, "nothing", "yes", "no", "none", "one", "two", "three")
 _ATTRIBUTES: Mapping[str, Sequence[str]] = {"size": SIZES, "marking": MARKINGS, "colour": COLOURS, "shape": SHAPES, "place": CELLS}
+
+
+def dialogue(opening: str, asked: Iterable[tuple[str, str]]) -> Chat:
+    """Questions with their answers as a chat, `opening` before the first."""
+    chat: Chat = []
+    for question, answer in asked:
+        chat += [("user", ("" if chat else opening) + question), ("assistant", answer)]
+    return chat
 
 
 def repeating_dialogue(rng: np.random.Generator) -> Chat:
@@ -42,10 +50,7 @@ def pairs_dialogue(rng: np.random.Generator) -> Chat:
     """Pairs of words; then words ask for their partners, which some dialogues answer with the word repeated."""
     given, again = _pairs(rng)
     repeated = rng.random() < 0.3
-    chat: Chat = []
-    for word, partner in again:
-        chat += [("user", f"{'' if chat else given + ' '}{word}?"), ("assistant", f"{word} {partner}" if repeated else partner)]
-    return chat
+    return dialogue(f"{given} ", ((f"{word}?", f"{word} {partner}" if repeated else partner) for word, partner in again))
 
 
 def _things(rng: np.random.Generator) -> list[_Thing]:
@@ -106,7 +111,4 @@ def things_dialogue(rng: np.random.Generator) -> Chat:
     attributes, mixed = list(things[0]), rng.random() < 0.5
     order = [[attributes[i] for i in rng.permutation(len(attributes))] if mixed else attributes for _ in things]
     told = ", ".join(" ".join(thing[attribute] for attribute in said) for thing, said in zip(things, order, strict=True))
-    chat: Chat = []
-    for question, answer in _lookups(things, int(rng.integers(10, 20)), rng):
-        chat += [("user", ("" if chat else f"Cards: {told}. ") + question), ("assistant", answer)]
-    return chat or things_dialogue(rng)
+    return dialogue(f"Cards: {told}. ", _lookups(things, int(rng.integers(10, 20)), rng)) or things_dialogue(rng)

@@ -13,7 +13,7 @@ import numpy as np
 
 from metamorph.microworld.names import NamedLook, by_look, by_name, emblems
 from metamorph.microworld.scenes import BACKGROUNDS, CELLS, COLOURS, SHAPES, SIZES, TINY, Scene, SceneObject
-from metamorph.microworld.world import choose, describe, noun_of, with_article
+from metamorph.microworld.world import choose, describe, noun_of, place_of, with_article
 
 NUMBERS = ("none", "one", "two", "three")
 
@@ -56,7 +56,7 @@ def true_statement(scene: Scene, rng: np.random.Generator) -> str | None:
     if found is None or (found[0].is_glyph and hidden in ("shape", "marking")):
         return None
     thing, words = found
-    value = {"shape": with_article(thing.shape), "cell": f"at the {CELLS[thing.cell]}"}.get(hidden) or getattr(thing, hidden)
+    value = {"shape": with_article(thing.shape), "cell": place_of(thing)}.get(hidden) or getattr(thing, hidden)
     return f"{words} is {value}"
 
 

@@ -157,8 +157,8 @@ def thoughts(subject: Subject, shown: int = 4) -> list[Block]:
         question = next(part for part in row.turns[0][1] if isinstance(part, str))
         truth, said = str(row.turns[-1][1][-1]), final_text(answer)
         pictures = [draw(row.pictures("user")[0]), _or_missing(crop), draw(row.pictures("assistant")[-1])]
-        words = " ".join(getattr(part, "text", "[its thought]").strip() for part in answer.message.parts)
-        text = f"says “{words}”; the truth is “{truth}”"
+        reply = " ".join(getattr(part, "text", "[its thought]").strip() for part in answer.message.parts)
+        text = f"says “{reply}”; the truth is “{truth}”"
         cards.append(PictureCard(pictures, f"“{question}”", text, said == truth, ("given", "its thought", "true crop")))
     words = "Before it answers, the model draws the part of the picture that it is asked about. A tick is for the answer."
     return [Heading("Thinking visually"), Paragraph(words), ImageGrid(cards, cell=18)]

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from operator import attrgetter
 from typing import Literal
 
 import numpy as np
 
-from metamorph.microworld.exercises import Chat, pairs_again_dialogue, pairs_dialogue, repeating_dialogue, things_dialogue
+from metamorph.microworld.exercises import Chat, dialogue, pairs_again_dialogue, pairs_dialogue, repeating_dialogue, things_dialogue
 from metamorph.microworld.names import COUNTRIES, by_look, countries_of_towns, emblems, named_looks, puzzles
 from metamorph.microworld.questions import LEARNT_LAST, SCORED, Question, ask_about_name, true_statement
 from metamorph.microworld.scenes import BACKGROUNDS, CELLS, COLOURS, Scene
@@ -24,6 +25,7 @@ from metamorph.microworld.world import (
     choose,
     dense_caption,
     describe,
+    in_cells,
     sample_clip,
     sample_object,
     sample_scene,
@@ -69,12 +71,11 @@ def told(scene: Scene, rng: np.random.Generator | None = None) -> str:
 
 def _asked(scene: Scene, opening: str, count: int, rng: np.random.Generator) -> Chat:
     """`count` questions about a scene, `opening` before the first: many, so that most of what is learnt is reading."""
-    chat: Chat = []
-    while len(chat) < 2 * count:
+    asked: list[tuple[str, str]] = []
+    while len(asked) < count:
         question = choose(rng, _ASKED_IN_TEXT)(scene, rng)
-        if question is not None:
-            chat += [("user", ("" if chat else opening) + question.text), ("assistant", question.answer)]
-    return chat
+        asked += [(question.text, question.answer)] if question is not None else []
+    return dialogue(opening, asked)
 
 
 def told_scene_dialogue(rng: np.random.Generator) -> Chat:
@@ -94,19 +95,16 @@ def _row_by_row(cells: Sequence[str], between: str) -> str:
 def grid_dialogue(rng: np.random.Generator) -> Chat:
     """A told scene, then one to three of its attributes as grids of words. Drawing is learnt sooner with it (LAB_LOG.md)."""
     scene = sample_scene(rng, ANY)
-    chat: Chat = []
-    for attribute in rng.permutation(("colour", "shape", "size", "marking"))[: int(rng.integers(1, 4))]:
-        cells = [str(getattr(thing, attribute)) if (thing := scene.at(cell)) else "nothing" for cell in range(4)]
-        asked = f"{'' if chat else told(scene, rng)}Row by row, {attribute}:"
-        chat += [("user", asked), ("assistant", _row_by_row(cells, " "))]
-    return chat
+    attributes = rng.permutation(("colour", "shape", "size", "marking"))[: int(rng.integers(1, 4))]
+    asked = [(f"Row by row, {attribute}:", _row_by_row(in_cells(scene, attrgetter(attribute)), " ")) for attribute in attributes]
+    return dialogue(told(scene, rng), asked)
 
 
 def grid_questions_dialogue(rng: np.random.Generator) -> Chat:
     """Four to nine questions about a grid of words, in which places show only in the order."""
     scene = sample_scene(rng, ANY)
-    cells = [describe(thing) if (thing := scene.at(cell)) else "nothing" for cell in range(4)]
-    return _asked(scene, f"Row by row: {_row_by_row(cells, ', ')}, on {scene.background}. ", int(rng.integers(4, 10)), rng)
+    cells = _row_by_row(in_cells(scene, describe), ", ")
+    return _asked(scene, f"Row by row: {cells}, on {scene.background}. ", int(rng.integers(4, 10)), rng)
 
 
 def statements_dialogue(rng: np.random.Generator) -> Chat:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, TypeVar
 
@@ -202,12 +202,15 @@ def by_place(scene: Scene, rng: np.random.Generator | None = None) -> str:
     return ", ".join([*parts, f"on {scene.background}"])
 
 
+def in_cells(scene: Scene, words: Callable[[SceneObject], str]) -> list[str]:
+    """What stands in each of the four cells, in reading order: the object's words, or "nothing"."""
+    return [words(thing) if (thing := scene.at(cell)) else "nothing" for cell in range(len(CELLS))]
+
+
 def by_corner(scene: Scene) -> str:
     """All four places in reading order, empty ones included."""
-    parts = [
-        f"at the {name} {with_article(describe(thing)) if (thing := scene.at(cell)) else 'nothing'}" for cell, name in enumerate(CELLS)
-    ]
-    return ", ".join([*parts, f"on {scene.background}"])
+    said = in_cells(scene, lambda thing: with_article(describe(thing)))
+    return ", ".join([*(f"at the {name} {words}" for name, words in zip(CELLS, said, strict=True)), f"on {scene.background}"])
 
 
 def partial_caption(scene: Scene, rng: np.random.Generator) -> str:
@@ -226,5 +229,4 @@ def partial_caption(scene: Scene, rng: np.random.Generator) -> str:
 
 def dense_caption(scene: Scene) -> str:
     """Cell by cell in reading order, empty cells included: the encoder's dense training text."""
-    cells = [describe(thing) if (thing := scene.at(cell)) else "nothing" for cell in range(4)]
-    return " ; ".join([*cells, f"on {scene.background}"])
+    return " ; ".join([*in_cells(scene, describe), f"on {scene.background}"])

@@ -21,6 +21,8 @@ from metamorph.training.device import rank, world_size
 from metamorph.training.encoder_cache import CachingEncode, EncoderCache, encoder_fingerprint
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from metamorph.decoder import DecoderModel, DecoderStream
     from metamorph.model.modeling import MetaMorph
     from metamorph.model.processing import MetaMorphProcessor
@@ -98,11 +100,18 @@ def build_cache(data: DataConfig, model: MetaMorph) -> EncoderCache | None:
     names = ("vision_feature_layer", "vision_post_layernorm", "pooling", "num_visual_tokens", "normalize_visual_tokens")
     settings = {name: getattr(model.config, name) for name in names} | {"vision": model.config.vision_config.to_dict()}
     directory = None if data.cache_dir is None else Path(data.cache_dir)
+    return EncoderCache(
+        _encode_on_cpu(model), encoder_fingerprint(model.vision_encoder, settings), capacity=data.cached_images, directory=directory
+    )
 
-    def encode(pixels: Any) -> Any:
-        return model.encode_images(pixels.to(next(model.vision_encoder.parameters()).device))
 
-    return EncoderCache(encode, encoder_fingerprint(model.vision_encoder, settings), capacity=data.cached_images, directory=directory)
+def _encode_on_cpu(model: MetaMorph) -> Callable[[Tensor], Tensor]:
+    """Pixels -> visual tokens, both on the CPU, where batches are made; in between they are wherever the encoder is by then."""
+
+    def encode(pixels: Tensor) -> Tensor:
+        return model.encode_images(pixels.to(next(model.vision_encoder.parameters()).device)).cpu()
+
+    return encode
 
 
 def build_decoder(config: DecoderConfig) -> tuple[DecoderModel, MetaMorph]:
@@ -144,12 +153,7 @@ def build_decoder_stream(config: DecoderConfig, training: TrainingConfig, encode
     if share % micro or training.batch_size % world_size():
         sizes = f"batch_size {training.batch_size}, {world_size()} processes and micro_batch_size {training.micro_batch_size}"
         raise ConfigError(f"{sizes} but they must divide (decoder). Choose multiples.")
-    device = next(encoder.parameters()).device
-
-    def encode(pixels: Any) -> Any:
-        return encoder.encode_images(pixels.to(device)).cpu()  # batches are made on the CPU and moved by the loop
-
-    call = partial(_call, config.batches, encode=encode, size=micro)
+    call = partial(_call, config.batches, encode=_encode_on_cpu(encoder), size=micro)
     parts = share // micro
     makers = [call(seed=(training.seed * world_size() + rank()) * parts + part) for part in range(parts)]
     return DecoderStream(lambda step: [make(step) for make in makers])
