@@ -43,7 +43,7 @@ def new_base() -> DecoderModel:
     return DecoderModel(microworld_denoiser(WIDTH), build_scheduler("sample"), objective=objective)
 
 
-def decoder_from_base(base: Path) -> DecoderModel:
+def decoder_from_base(base: Path, num_visual_tokens: int = NUM_VISUAL_TOKENS) -> DecoderModel:
     """A decoder that starts from a saved text-conditioned base; its spatial path sketches the picture, which the denoiser completes."""
     from metamorph.decoder.objective import DecoderModel, Objective
     from metamorph.decoder.pipeline import VisualDecoderPipeline
@@ -52,7 +52,7 @@ def decoder_from_base(base: Path) -> DecoderModel:
     pipeline = VisualDecoderPipeline.from_pretrained(base)
     start = DecoderModel(pipeline.unet, pipeline.scheduler)
     objective = Objective(**DECODER_OBJECTIVE)
-    return from_base(start, visual_width=WIDTH, num_visual_tokens=NUM_VISUAL_TOKENS, **DECODER_CONDITIONER, objective=objective)
+    return from_base(start, visual_width=WIDTH, num_visual_tokens=num_visual_tokens, **DECODER_CONDITIONER, objective=objective)
 
 
 def base_batches(siglip: SiglipModel, tokenizer: PreTrainedTokenizerFast, size: int, seed: int = 0) -> Callable[[int], DecoderBatch]:

@@ -26,6 +26,7 @@ from metamorph.model.state import DecodingOptions
 from metamorph.pipeline import MetaMorphPipeline
 
 ROWS = 64  # conversations that are answered side by side
+WORDS = 56  # positions for text in an answer, beside those of one image
 DENOISING_STEPS = 4  # for each drawing; ten are no better in this world (LAB_LOG.md, 2026-11-22)
 
 
@@ -38,15 +39,18 @@ class Subject:
     steps: int = DENOISING_STEPS
 
     @torch.no_grad()
-    def answer(self, conversations: Sequence[Sequence[Message]], *, allow_images: bool = True, max_new_tokens: int = 72) -> list[Answer]:
-        """Greedy answers."""
+    def answer(
+        self, conversations: Sequence[Sequence[Message]], *, allow_images: bool = True, max_new_tokens: int | None = None
+    ) -> list[Answer]:
+        """Greedy answers; by default as long as some words and an image are."""
         prompts = [self.pipeline.encode(messages) for messages in conversations]
         return self.go_on(prompts, allow_images=allow_images, max_new_tokens=max_new_tokens)
 
     @torch.no_grad()
-    def go_on(self, prompts: Sequence[TokenSequence], *, allow_images: bool = True, max_new_tokens: int = 72) -> list[Answer]:
+    def go_on(self, prompts: Sequence[TokenSequence], *, allow_images: bool = True, max_new_tokens: int | None = None) -> list[Answer]:
         """Greedy continuations of token sequences."""
-        options = DecodingOptions(max_new_tokens=max_new_tokens, max_images=3, allow_images=allow_images)
+        longest = max_new_tokens or WORDS + self.pipeline.model.config.num_visual_tokens
+        options = DecodingOptions(max_new_tokens=longest, max_images=3, allow_images=allow_images)
         return generate(self.pipeline.model, self.pipeline.processor, prompts, options, max_rows=ROWS)
 
     def decode(self, tokens: Sequence[Float[Tensor, "k v"] | None], seed: int = 0) -> list[Image.Image | None]:
