@@ -45,9 +45,9 @@ def _check_complete(model: "MetaMorph", missing: list[str], path: str | Path) ->
         raise CheckpointError(f"{len(missing)} tensors absent, such as {missing[0]}, but a complete model was expected ({path}). {REMEDY}")
     config, rows = model.config, model.get_input_embeddings().weight.shape[0]
     ids = (config.image_token_id, config.image_start_token_id, config.image_end_token_id)
-    if not all(isinstance(number, int) and 0 <= number < rows for number in ids):
+    if not all(isinstance(number, int) and number >= 0 for number in ids) or max(ids[1:]) >= rows:  # the placeholder needs no row
         raise CheckpointError(
-            f"image token ids {ids} but three ids below {rows}, the rows of the embedding, were expected ({path}). "
+            f"image token ids {ids} but three ids, the last two below {rows}, the rows of the embedding, were expected ({path}). "
             "Make the model with `metamorph init`."
         )
 

@@ -47,12 +47,14 @@ class MetaMorphConfig(PretrainedConfig):
     image_start_token_id: int | None = None
     image_end_token_id: int | None = None
     vision_encoder_path: str | None = None
+    tie_word_embeddings: bool = False  # the text config's: transformers and PEFT look for it here
 
     def __post_init__(self, **kwargs: Any) -> None:
         """Turn nested dictionaries into configs of their own type and check the values."""
         self.text_config = _nested("text_config", self.text_config)
         vision = _nested("vision_config", self.vision_config)
         self.vision_config = getattr(vision, "vision_config", vision)  # of a two-tower model only the vision tower
+        self.tie_word_embeddings = bool(getattr(self.text_config, "tie_word_embeddings", False))
         super().__post_init__(**kwargs)
         self._check()
 

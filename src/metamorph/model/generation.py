@@ -22,7 +22,7 @@ from transformers import DynamicCache
 from metamorph.batch import IGNORE_INDEX, Batch, TokenSequence
 from metamorph.errors import ConfigError, ContextLengthError
 from metamorph.model.events import Answer, Event, EventWriter
-from metamorph.model.modeling import MetaMorph, place_visual_tokens
+from metamorph.model.modeling import MetaMorph
 from metamorph.model.sampling import choose_tokens
 from metamorph.model.state import DecodingOptions, FinishReason, GenerationState, Slot, Vocabulary, drop_finished, fork_cache, join
 
@@ -43,29 +43,49 @@ class Emission:
     finished: FinishReason | None = None
 
 
-def vocabulary_of(model: MetaMorph, processor: MetaMorphProcessor) -> Vocabulary:
-    """Ids and sizes that limit every answer of this model.
+@dataclass(frozen=True, eq=False)
+class AnswerIds:
+    """One answer without its text."""
+
+    token_ids: tuple[int, ...]  # every text token said, the special ones and the stop token among them
+    visual_tokens: tuple[Float[Tensor, "k v"], ...]  # of each image that was completed
+    reason: FinishReason
+
+    @classmethod
+    def of(cls, emissions: Sequence[Emission], num_visual_tokens: int) -> AnswerIds:
+        """The answer that a row's emissions tell; the last of them ends it."""
+        reason = emissions[-1].finished
+        assert reason is not None
+        drawn = [one.visual_token for one in emissions if one.visual_token is not None]
+        whole = range(0, len(drawn) - num_visual_tokens + 1, num_visual_tokens)  # an image that was cut short is no image
+        images = tuple(torch.stack(drawn[first : first + num_visual_tokens]) for first in whole)
+        return cls(tuple(one.token_id for one in emissions if one.token_id is not None), images, reason)
+
+
+def vocabulary_of(model: MetaMorph, processor: MetaMorphProcessor | None = None) -> Vocabulary:
+    """Ids and sizes that limit every answer of this model; without a processor every row of the text head is a token.
 
     An answer stops at any end-of-sequence id that the generation settings (of the whole or of its LLM), the LLM's config or the
     tokenizer name.
     """
-    config, tokenizer = model.config, processor.tokenizer
-    text_config = config.text_config
+    config, tokenizer = model.config, None if processor is None else processor.tokenizer
+    text_config, rows = config.text_config, model.get_output_embeddings().weight.shape[0]
     named = [getattr(model.generation_config, "eos_token_id", None), getattr(model.language_model.generation_config, "eos_token_id", None)]
-    named += [getattr(text_config, "eos_token_id", None), tokenizer.eos_token_id]
+    named += [getattr(text_config, "eos_token_id", None), getattr(tokenizer, "eos_token_id", None)]
     stop_ids = {int(token) for value in named if value is not None for token in ([value] if isinstance(value, int) else value)}
     if not stop_ids:
         raise ConfigError("0 end-of-sequence ids but at least 1 is needed (generation). Set generation_config.eos_token_id.")
     image_ids = (config.image_token_id, config.image_start_token_id, config.image_end_token_id)
     if None in image_ids:
         raise ConfigError(f"image token ids {image_ids} but 3 ids are needed (config). Make the model with `metamorph init`.")
+    known = () if tokenizer is None else tokenizer.all_special_ids
     return Vocabulary(
         image_token_id=config.image_token_id,
         image_start_id=config.image_start_token_id,
         image_end_id=config.image_end_token_id,
         stop_ids=frozenset(stop_ids),
-        special_ids=tuple(sorted({*tokenizer.all_special_ids, *stop_ids, *image_ids})),
-        size=min(len(tokenizer), model.get_output_embeddings().weight.shape[0]),
+        special_ids=tuple(sorted(number for number in {*known, *stop_ids, *image_ids} if number < rows)),
+        size=rows if tokenizer is None else min(len(tokenizer), rows),
         num_visual_tokens=config.num_visual_tokens,
         context=text_config.max_position_embeddings,
     )
@@ -109,9 +129,7 @@ def prefill(
         slots.append(slot)
     batch = left_pad(prompts).to(model.device)
     tokens = model.gather_visual_tokens(batch.pixel_values, batch.visual_tokens, batch.from_pixels)
-    embeddings = model.get_input_embeddings()(batch.input_ids)
-    if tokens is not None:
-        embeddings = place_visual_tokens(embeddings, model.project(tokens).to(embeddings.dtype), batch.is_visual)
+    embeddings = model.embed(batch.input_ids, tokens, batch.is_visual)
     cache = DynamicCache()  # without a config: every layer keeps all positions, so that rows may join; sliding windows are masked
     hidden = _run_decoder(model, embeddings, batch.attention_mask, batch.position_ids, cache)
     return GenerationState(slots=tuple(slots), vocabulary=vocabulary, hidden=hidden, attention_mask=batch.attention_mask, cache=cache)
@@ -167,32 +185,10 @@ def stream(
         ContextLengthError, ConfigError: as `prefill`.
     """
     vocabulary = vocabulary_of(model, processor)
-    count = len(prompts)
-    every_options = [options] * count if isinstance(options, DecodingOptions) else list(options)
-    every_seed = [seeds] * count if isinstance(seeds, int) else list(seeds)
-    if not count == len(every_options) == len(every_seed):
-        found = f"{len(every_options)} options and {len(every_seed)} seeds but {count} prompts"
-        raise ConfigError(f"{found} (generation). Give one of each for every prompt, or one for all.")
     writers = [EventWriter(processor.tokenizer, vocabulary) for _ in prompts]
-    waiting, state = deque(range(count)), None
-    was_training = model.training
-    model.eval()  # dropout off; and gradient checkpointing, active in training mode only, would leave the cache empty
-    try:
-        while waiting or state is not None:
-            live = 0 if state is None else len(state)
-            if waiting and live <= max_rows // 2:
-                keys = [waiting.popleft() for _ in range(min(max_rows - live, len(waiting)))]
-                chosen = [[values[key] for key in keys] for values in (prompts, every_options, every_seed)]
-                arriving = prefill(model, chosen[0], vocabulary, chosen[1], seeds=chosen[2], keys=keys)
-                state = arriving if state is None else join(state, arriving)
-            assert state is not None
-            state, emissions = step(model, state)
-            for emission in emissions:
-                for event in writers[emission.key].write(emission):
-                    yield emission.key, event
-            state = None if state.finished else drop_finished(state)
-    finally:
-        model.train(was_training)
+    for emission in _emit(model, vocabulary, prompts, options, seeds, max_rows):
+        for event in writers[emission.key].write(emission):
+            yield emission.key, event
 
 
 def generate(
@@ -209,6 +205,56 @@ def generate(
     for number, event in stream(model, processor, prompts, options, seeds=seeds, max_rows=max_rows):
         events[number].append(event)
     return [Answer.of(told) for told in events]
+
+
+def generate_ids(
+    model: MetaMorph,
+    prompts: Sequence[TokenSequence],
+    options: DecodingOptions | Sequence[DecodingOptions] = DecodingOptions(),  # noqa: B008  (frozen)
+    *,
+    seeds: int | Sequence[int] = 0,
+    max_rows: int = MAX_ROWS,
+) -> list[AnswerIds]:
+    """What `generate` does for a model without a tokenizer: answers as ids and visual tokens."""
+    vocabulary = vocabulary_of(model)
+    said: list[list[Emission]] = [[] for _ in prompts]
+    for emission in _emit(model, vocabulary, prompts, options, seeds, max_rows):
+        said[emission.key].append(emission)
+    return [AnswerIds.of(emissions, vocabulary.num_visual_tokens) for emissions in said]
+
+
+def _emit(
+    model: MetaMorph,
+    vocabulary: Vocabulary,
+    prompts: Sequence[TokenSequence],
+    options: DecodingOptions | Sequence[DecodingOptions],
+    seeds: int | Sequence[int],
+    max_rows: int,
+) -> Iterator[Emission]:
+    """What the rows say, step by step; the key of an emission is the number of its prompt."""
+    count = len(prompts)
+    every_options = [options] * count if isinstance(options, DecodingOptions) else list(options)
+    every_seed = [seeds] * count if isinstance(seeds, int) else list(seeds)
+    if not count == len(every_options) == len(every_seed):
+        found = f"{len(every_options)} options and {len(every_seed)} seeds but {count} prompts"
+        raise ConfigError(f"{found} (generation). Give one of each for every prompt, or one for all.")
+    waiting, state = deque(range(count)), None
+    was_training = model.training
+    model.eval()  # dropout off; and gradient checkpointing, active in training mode only, would leave the cache empty
+    try:
+        while waiting or state is not None:
+            live = 0 if state is None else len(state)
+            if waiting and live <= max_rows // 2:
+                keys = [waiting.popleft() for _ in range(min(max_rows - live, len(waiting)))]
+                chosen = [[values[key] for key in keys] for values in (prompts, every_options, every_seed)]
+                arriving = prefill(model, chosen[0], vocabulary, chosen[1], seeds=chosen[2], keys=keys)
+                state = arriving if state is None else join(state, arriving)
+            assert state is not None
+            state, emissions = step(model, state)
+            yield from emissions
+            state = None if state.finished else drop_finished(state)
+    finally:
+        model.train(was_training)
 
 
 def left_pad(prompts: Sequence[TokenSequence]) -> Batch:
@@ -231,6 +277,36 @@ def left_pad(prompts: Sequence[TokenSequence]) -> Batch:
         ids=tuple(prompt.id for prompt in prompts),
         sources=tuple(prompt.source for prompt in prompts),
     )
+
+
+def split_prompts(
+    input_ids: Int64[Tensor, "b t"],
+    attention_mask: Bool[Tensor, "b t"],
+    is_visual: Bool[Tensor, "b t"],
+    pixel_values: Float[Tensor, "m 3 h w"] | None,
+    visual_tokens: Float[Tensor, "n k v"] | None,
+    from_pixels: Bool[Tensor, " n"],
+) -> list[TokenSequence]:
+    """Rows of tensors as prompts, without their padding; images are flat over the rows, in reading order."""
+    per_image = int(is_visual.sum()) // max(len(from_pixels), 1)
+    counts = (is_visual.sum(dim=1) // max(per_image, 1)).tolist()
+    pixels = torch.zeros(0, 3, 1, 1) if pixel_values is None else pixel_values
+    flags = from_pixels.split(counts)
+    own_pixels = pixels.split([int(flag.sum()) for flag in flags])
+    own_tokens = [None] * len(flags) if visual_tokens is None else visual_tokens.split(counts)
+    return [
+        TokenSequence(
+            input_ids=input_ids[row, real],
+            labels=torch.full_like(input_ids[row, real], IGNORE_INDEX),
+            is_visual=is_visual[row, real],
+            pixel_values=own_pixels[row],
+            visual_tokens=own_tokens[row],
+            from_pixels=flags[row],
+            visual_targets=torch.zeros_like(flags[row]),
+            id=f"row {row}",
+        )
+        for row, real in enumerate(attention_mask)
+    ]
 
 
 def _all_visual_tokens(prompts: Sequence[TokenSequence]) -> Float[Tensor, "n k v"] | None:

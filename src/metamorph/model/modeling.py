@@ -7,10 +7,13 @@ Axes: b sequences, t positions, d LLM width, n images (flat, in reading order), 
 v vision width.
 """
 
+from __future__ import annotations
+
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Bool, Float, Int, Int64
@@ -27,6 +30,10 @@ from metamorph.model.checkpoint import load_checkpoint
 from metamorph.model.configuration import MetaMorphConfig
 from metamorph.model.heads import Projector, VisionHead
 from metamorph.model.vision_encoder import VisionEncoder
+
+if TYPE_CHECKING:
+    from metamorph.model.generation import AnswerIds
+    from metamorph.model.state import DecodingOptions
 
 
 @dataclass
@@ -51,6 +58,7 @@ class MetaMorph(PreTrainedModel):
     input_modalities = ["image", "text"]  # noqa: RUF012  (as transformers declares it)
     supports_gradient_checkpointing = True
     accepts_loss_kwargs = False  # each of the two losses has a denominator of its own: Trainer's single count must not divide them
+    _tied_weights_keys = {}  # noqa: RUF012  (of its own none: the LLM ties its embeddings; PEFT asks for a mapping)
     _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
     _supports_sdpa = True
     _supports_flash_attn = True
@@ -184,15 +192,13 @@ class MetaMorph(PreTrainedModel):
         Raises:
             AlignmentError: positions, images and visual tokens do not fit, or there are labels and images but no `visual_targets`.
         """
-        if is_visual is None:
-            placeholder = self.config.image_token_id
-            is_visual = torch.zeros_like(input_ids, dtype=torch.bool) if placeholder is None else input_ids == placeholder
+        is_visual = self._find_visual(input_ids) if is_visual is None else is_visual
         from_pixels = _default_from_pixels(pixel_values, visual_tokens, is_visual) if from_pixels is None else from_pixels
         check_image_counts(is_visual, pixel_values, visual_tokens, from_pixels, "MetaMorph.forward")
         tokens = self.gather_visual_tokens(pixel_values, visual_tokens, from_pixels)
         hide = drawn_token_dropout > 0 and tokens is not None and visual_targets is not None
         shown = hide_drawn_tokens(tokens, visual_targets, drawn_token_dropout) if hide else tokens
-        embeddings = self._embed(input_ids, shown, is_visual)
+        embeddings = self.embed(input_ids, shown, is_visual)
         mask = torch.ones_like(is_visual) if attention_mask is None and past_key_values is None else attention_mask
         if document_lengths is not None:
             hidden, cache = run_packed(self.get_decoder(), embeddings, mask.bool(), document_lengths, use_cache=False, **kwargs), None
@@ -211,6 +217,10 @@ class MetaMorph(PreTrainedModel):
             logits = self.predict_logits(hidden[:, kept] if isinstance(kept, slice | Tensor) else hidden)
         return MetaMorphOutput(**losses, logits=logits, last_hidden_state=hidden, past_key_values=cache, terms=terms)
 
+    def _find_visual(self, input_ids: Int64[Tensor, "b t"]) -> Bool[Tensor, "b t"]:
+        placeholder = self.config.image_token_id
+        return torch.zeros_like(input_ids, dtype=torch.bool) if placeholder is None else input_ids == placeholder
+
     def _run_decoder(
         self,
         embeddings: Float[Tensor, "b t d"],
@@ -227,6 +237,37 @@ class MetaMorph(PreTrainedModel):
         )
         return states.last_hidden_state, states.past_key_values if use_cache else None
 
+    def generate(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self,
+        input_ids: Int64[Tensor, "b t"],
+        attention_mask: Int[Tensor, "b t"] | Bool[Tensor, "b t"] | None = None,
+        is_visual: Bool[Tensor, "b t"] | None = None,
+        pixel_values: Float[Tensor, "m 3 h w"] | None = None,
+        visual_tokens: Float[Tensor, "n k v"] | None = None,
+        from_pixels: Bool[Tensor, " n"] | None = None,
+        options: DecodingOptions | None = None,
+        *,
+        seeds: int | Sequence[int] = 0,
+        **changes: Any,
+    ) -> list[AnswerIds]:
+        """Answer prompts given as tensors, with ids and visual tokens; needs no tokenizer. From messages: `metamorph.pipeline`.
+
+        Arguments are as for `forward`; padding may stand on either side. `changes` are fields of `DecodingOptions`.
+
+        Raises:
+            AlignmentError: positions, images and visual tokens do not fit.
+            ContextLengthError, ConfigError: as `generation.prefill`.
+        """
+        from metamorph.model.generation import generate_ids, split_prompts
+        from metamorph.model.state import DecodingOptions
+
+        is_visual = self._find_visual(input_ids) if is_visual is None else is_visual
+        from_pixels = _default_from_pixels(pixel_values, visual_tokens, is_visual) if from_pixels is None else from_pixels
+        check_image_counts(is_visual, pixel_values, visual_tokens, from_pixels, "MetaMorph.generate")
+        mask = torch.ones_like(is_visual) if attention_mask is None else attention_mask.bool()
+        prompts = split_prompts(input_ids, mask, is_visual, pixel_values, visual_tokens, from_pixels)
+        return generate_ids(self, prompts, (options or DecodingOptions()).updated(**changes), seeds=seeds)
+
     def loss_terms(self, batch: Batch) -> dict[str, LossTerm]:
         """The two losses of a batch as (sum, count), "text" and "visual", with a gradient path to every module whatever the batch holds.
 
@@ -242,9 +283,13 @@ class MetaMorph(PreTrainedModel):
                 )
         return terms
 
-    def _embed(self, input_ids: Tensor, tokens: Float[Tensor, "n k v"] | None, is_visual: Bool[Tensor, "b t"]) -> Float[Tensor, "b t d"]:
-        # The placeholder need not be a row of the embedding matrix that means anything: it is overwritten.
-        embeddings = self.get_input_embeddings()(input_ids)
+    def embed(self, input_ids: Int64[Tensor, "b t"], tokens: Float[Tensor, "n k v"] | None, is_visual: Bool[Tensor, "b t"]) -> Tensor:
+        """What the LLM reads, "b t d": token embeddings, and projected visual tokens where `is_visual`, whatever id stands there.
+
+        Raises:
+            AlignmentError: the number of image positions is not n * k.
+        """
+        embeddings = self.get_input_embeddings()(input_ids.masked_fill(is_visual, 0))  # the placeholder need not have a row
         if tokens is None:  # a path to the projector, so that ranks with and without images run the same modules
             width = self.config.vision_config.hidden_size
             return embeddings + 0.0 * self.project(embeddings.new_zeros((1, width))).sum().to(embeddings.dtype)

@@ -51,7 +51,7 @@ def ban(scores: Float[Tensor, "r vocab"], slots: Sequence[Slot], vocabulary: Voc
     """
     scores = scores.clone()
     scores[:, vocabulary.size :] = -torch.inf
-    scores[:, vocabulary.image_token_id] = -torch.inf
+    scores[:, vocabulary.image_token_id : vocabulary.image_token_id + 1] = -torch.inf  # a slice: it may have no column
     for row, slot in enumerate(slots):
         if slot.mode != "image_end":
             scores[row, vocabulary.image_end_id] = -torch.inf
@@ -75,8 +75,8 @@ def _process(
     """Apply HF's processors in HF's order: repetition penalty, temperature, top-k, top-p."""
     longest = max(len(ids) for ids in history)
     if options.repetition_penalty != 1.0 and longest:
-        # Ragged histories are padded with the placeholder, which is exempt like every special token.
-        filler = vocabulary.image_token_id
+        # Ragged histories are padded with a special token: all of them are exempt.
+        filler = vocabulary.image_start_id
         ids = torch.tensor([(*row, *[filler] * (longest - len(row))) for row in history], device=scores.device)
         penalised = RepetitionPenaltyLogitsProcessor(float(options.repetition_penalty))(ids, scores.clone())
         exempt = [*vocabulary.special_ids, filler]
