@@ -192,6 +192,7 @@ class MetaMorph(PreTrainedModel):
         Raises:
             AlignmentError: positions, images and visual tokens do not fit, or there are labels and images but no `visual_targets`.
         """
+        kwargs = {name: value for name, value in kwargs.items() if value is not None}  # PEFT names all that a causal LM may take
         is_visual = self._find_visual(input_ids) if is_visual is None else is_visual
         from_pixels = _default_from_pixels(pixel_values, visual_tokens, is_visual) if from_pixels is None else from_pixels
         check_image_counts(is_visual, pixel_values, visual_tokens, from_pixels, "MetaMorph.forward")
@@ -237,6 +238,11 @@ class MetaMorph(PreTrainedModel):
         )
         return states.last_hidden_state, states.past_key_values if use_cache else None
 
+    @classmethod
+    def can_generate(cls) -> bool:
+        """Whether HF's own generation applies: no, it knows one head only; `generate` here is ours."""
+        return False
+
     def generate(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
         input_ids: Int64[Tensor, "b t"],
@@ -267,6 +273,10 @@ class MetaMorph(PreTrainedModel):
         mask = torch.ones_like(is_visual) if attention_mask is None else attention_mask.bool()
         prompts = split_prompts(input_ids, mask, is_visual, pixel_values, visual_tokens, from_pixels)
         return generate_ids(self, prompts, (options or DecodingOptions()).updated(**changes), seeds=seeds)
+
+    def prepare_inputs_for_generation(self, input_ids: Int64[Tensor, "b t"], **kwargs: Any) -> dict[str, Any]:
+        """The arguments as they are. PEFT wants a causal LM to have this method; `generate` does not use it."""
+        return {"input_ids": input_ids, **kwargs}
 
     def loss_terms(self, batch: Batch) -> dict[str, LossTerm]:
         """The two losses of a batch as (sum, count), "text" and "visual", with a gradient path to every module whatever the batch holds.

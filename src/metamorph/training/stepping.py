@@ -108,7 +108,9 @@ class Engine(nn.Module):
         self.model, self.step = model, step
         self.config, self.device, self.precision = config, device, precision
         if config.gradient_checkpointing:
-            model.gradient_checkpointing_enable()  # pyright: ignore[reportCallIssue]
+            # transformers renames it; the old name warns from 5.23 on and goes in 6
+            enable: Any = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+            enable()
         if world_size() > 1:
             self._shard([model.get_submodule(name) for name in replicate])
         set_modes(model)
