@@ -2,7 +2,7 @@
 
     pipe = MetaMorphPipeline.from_pretrained("checkpoint", decoder="decoder")
     reply = pipe("Generate an image of a red star")
-    reply.images[0].save("star.png")
+    reply.images[0].save("star.png")        # the file says which model drew it, from which seed and how: see `provenance`
     later = pipe([Message.user("Generate an image of a red star"), reply.message, Message.user("What colour is it?")])
 
 The later question is answered from the visual tokens that the model drew (`reply.message` holds them), never from the pixels.
@@ -12,14 +12,15 @@ Axes: n images (flat), k visual tokens per image, v vision width.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, overload
 
 import torch
 from jaxtyping import Float
-from PIL import Image
 from torch import Tensor
 
 from metamorph.batch import TokenSequence
@@ -28,6 +29,7 @@ from metamorph.messages import Message, validate_messages
 from metamorph.model.events import Answer, Event, ImageEnd
 from metamorph.model.generation import generate, stream
 from metamorph.model.state import DecodingOptions, FinishReason
+from metamorph.provenance import Drawing, Part, Provenance, transcript
 
 if TYPE_CHECKING:
     from metamorph.decoder import VisualDecoderPipeline
@@ -45,7 +47,7 @@ class Picture:
     """An image that the model drew, as pixels. It follows the `ImageEnd` with the same index if there is a decoder."""
 
     index: int
-    image: Image.Image = field(repr=False)
+    image: Drawing = field(repr=False)
 
 
 PipelineEvent: TypeAlias = Event | Picture
@@ -56,7 +58,7 @@ class Reply:
     """The answer to one conversation."""
 
     message: Message  # append it to the conversation to go on; its image parts hold visual tokens
-    images: list[Image.Image] = field(repr=False)  # the same images as pixels; empty without a decoder
+    images: list[Drawing] = field(repr=False)  # the same images as PIL images that know where they come from; empty without a decoder
     reason: FinishReason  # "eos": the model ended its turn
     token_ids: tuple[int, ...] = field(repr=False)
     events: tuple[PipelineEvent, ...] = field(repr=False)
@@ -79,6 +81,8 @@ class MetaMorphPipeline:
         self.model = model
         self.processor = processor
         self.decoder = decoder
+        self.model_part = Part.of_config(type(model).__name__, model.config.to_dict())
+        self.decoder_part = None if decoder is None else Part.of_config(type(decoder).__name__, _settings(decoder))
 
     @classmethod
     def from_pretrained(
@@ -108,7 +112,11 @@ class MetaMorphPipeline:
             from metamorph.decoder import VisualDecoderPipeline
 
             visual_decoder = VisualDecoderPipeline.from_pretrained(decoder)
-        return cls(model, processor, visual_decoder).to(_default_device() if device is None else device)
+        pipeline = cls(model, processor, visual_decoder)
+        pipeline.model_part = Part.loaded(directory, model.config.to_dict(), getattr(model.config, "_commit_hash", None))
+        if decoder is not None:
+            pipeline.decoder_part = Part.loaded(decoder, _settings(visual_decoder))
+        return pipeline.to(_default_device() if device is None else device)
 
     def to(self, device: str | torch.device) -> MetaMorphPipeline:
         """Move model and decoder; returns the pipeline itself."""
@@ -132,6 +140,7 @@ class MetaMorphPipeline:
         steps: int = 10,
         guidance_scale: float = 1.0,
         max_rows: int = 32,
+        keep_prompt: bool = False,
         **changes: Any,
     ) -> Reply | list[Reply]:
         """Answer one conversation (a string, a message, or a list of messages) or a list of conversations.
@@ -143,6 +152,7 @@ class MetaMorphPipeline:
             steps: denoising steps per image.
             guidance_scale: of the decoder; 1 is without guidance.
             max_rows: conversations answered at a time.
+            keep_prompt: keep the conversation's text with the images it led to, not only its hash (see `provenance`).
             changes: fields of `DecodingOptions`.
 
         Raises:
@@ -158,10 +168,11 @@ class MetaMorphPipeline:
         seeds = [seed] * len(prompts) if isinstance(seed, int) else list(seed)
         options = (options or DecodingOptions()).updated(**changes)
         answers = generate(self.model, self.processor, prompts, options, seeds=seeds, max_rows=max_rows)
-        drawn = [
-            (tokens, seed + index) for answer, seed in zip(answers, seeds, strict=True) for index, tokens in enumerate(answer.visual_tokens)
-        ]
-        pictures = iter(self._decode(drawn, steps, guidance_scale))
+        drawn = []
+        for messages, answer, one in zip(batch, answers, seeds, strict=True):
+            origin = self._origin(one, steps, guidance_scale, options, messages, keep_prompt)
+            drawn += [(tokens, replace(origin, image=index)) for index, tokens in enumerate(answer.visual_tokens)]
+        pictures = iter(self._decode(drawn))
         replies = [_reply(answer, lambda: next(pictures, None)) for answer in answers]
         return replies if many else replies[0]
 
@@ -173,6 +184,7 @@ class MetaMorphPipeline:
         seed: int = 0,
         steps: int = 10,
         guidance_scale: float = 1.0,
+        keep_prompt: bool = False,
         **changes: Any,
     ) -> Iterator[PipelineEvent]:
         """Answer one conversation and tell what happens while it happens; arguments and errors as for a call.
@@ -184,10 +196,11 @@ class MetaMorphPipeline:
             raise RecordError(f"{len(batch)} conversations but 1 is needed (stream). Call the pipeline itself for several.")
         prompt = self.encode(batch[0], "conversation")
         options = (options or DecodingOptions()).updated(**changes)
+        origin = self._origin(seed, steps, guidance_scale, options, batch[0], keep_prompt)
         for _, event in stream(self.model, self.processor, [prompt], options, seeds=seed):
             yield event
             if isinstance(event, ImageEnd) and self.decoder is not None:
-                yield Picture(event.index, self._decode([(event.visual_tokens, seed + event.index)], steps, guidance_scale)[0])
+                yield Picture(event.index, self._decode([(event.visual_tokens, replace(origin, image=event.index))])[0])
 
     def encode(self, messages: Sequence[Message], place: str = "conversation") -> TokenSequence:
         """A conversation as the prompt of an answer.
@@ -209,7 +222,7 @@ class MetaMorphPipeline:
 
     def decode_images(
         self, visual_tokens: Float[Tensor, "n k v"], *, seeds: Sequence[int], steps: int = 10, guidance_scale: float = 1.0
-    ) -> list[Image.Image]:
+    ) -> list[Drawing]:
         """Draw images from visual tokens, predicted or encoded, each with its own seed.
 
         Raises:
@@ -217,23 +230,55 @@ class MetaMorphPipeline:
         """
         if self.decoder is None:
             raise ConfigError("0 decoders but 1 is needed to draw (pipeline). Give `decoder` to from_pretrained.")
-        return self._decode(list(zip(visual_tokens, seeds, strict=True)), steps, guidance_scale)
+        origin = replace(self._origin(0, steps, guidance_scale), model=None)
+        return self._decode([(tokens, replace(origin, seed=seed)) for tokens, seed in zip(visual_tokens, seeds, strict=True)])
 
-    def _decode(self, drawn: Sequence[tuple[Float[Tensor, "k v"], int]], steps: int, guidance_scale: float) -> list[Image.Image]:
-        images: list[Image.Image] = []
+    def _origin(
+        self,
+        seed: int,
+        steps: int,
+        guidance_scale: float,
+        options: DecodingOptions | None = None,
+        messages: Sequence[Message] = (),
+        keep_prompt: bool = False,
+    ) -> Provenance:
+        """What is to be said of the images of one answer."""
+        asked = transcript(messages)
+        return Provenance(
+            model=self.model_part,
+            decoder=self.decoder_part,
+            seed=seed,
+            steps=steps,
+            guidance_scale=guidance_scale,
+            decoding={} if options is None else asdict(options),
+            prompt_sha256=hashlib.sha256(asked.encode()).hexdigest() if asked else "",
+            prompt=asked if keep_prompt else None,
+            libraries={"torch": torch.__version__, **({} if self.decoder is None else {"diffusers": version("diffusers")})},
+        )
+
+    def _decode(self, drawn: Sequence[tuple[Float[Tensor, "k v"], Provenance]]) -> list[Drawing]:
+        """The images of visual tokens, all with the same protocol."""
+        images: list[Drawing] = []
         for start in range(0, len(drawn) if self.decoder is not None else 0, DECODER_BATCH):
-            tokens, seeds = zip(*drawn[start : start + DECODER_BATCH], strict=True)
+            tokens, origins = zip(*drawn[start : start + DECODER_BATCH], strict=True)
             assert self.decoder is not None
-            drawing = self.decoder(torch.stack(tokens), num_inference_steps=steps, guidance_scale=guidance_scale, seeds=list(seeds))
-            assert isinstance(drawing, list)  # PIL, as `output_type` is by default
-            images += drawing
+            protocol = {"num_inference_steps": origins[0].steps, "guidance_scale": origins[0].guidance_scale}
+            pictures = self.decoder(torch.stack(tokens), seeds=[one.seed + one.image for one in origins], **protocol)
+            assert isinstance(pictures, list)  # PIL, as `output_type` is by default
+            images += [Drawing.of(picture, origin) for picture, origin in zip(pictures, origins, strict=True)]
         return images
 
 
-def _reply(answer: Answer, next_picture: Callable[[], Image.Image | None]) -> Reply:
+def _settings(decoder: VisualDecoderPipeline | None) -> dict[str, Any]:
+    """The configs of a decoder's parts."""
+    parts = {} if decoder is None else decoder.components
+    return {name: dict(part.config) for name, part in parts.items() if part is not None}
+
+
+def _reply(answer: Answer, next_picture: Callable[[], Drawing | None]) -> Reply:
     """An answer with its pictures, each behind the end of its image."""
     events: list[PipelineEvent] = []
-    images: list[Image.Image] = []
+    images: list[Drawing] = []
     for event in answer.events:
         events.append(event)
         if isinstance(event, ImageEnd) and (image := next_picture()) is not None:

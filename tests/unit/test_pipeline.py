@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from itertools import pairwise
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from metamorph.messages import ImagePart, Message
 from metamorph.model.conversion import initialize
 from metamorph.model.events import End, ImageEnd, TextDelta
 from metamorph.pipeline import MetaMorphPipeline, Picture
+from metamorph.provenance import read
 
 K = 4
 DRAW = {"begin_with_image": True, "max_new_tokens": 20, "steps": 2}
@@ -113,6 +115,34 @@ def test_without_a_decoder_tokens_are_drawn_but_no_pixels(pipeline):
         bare.decode_images(torch.zeros(1, K, 24), seeds=[0])
 
 
+def test_every_image_knows_how_it_was_drawn(pipeline, directory, tmp_path):
+    reply = pipeline("Draw", seed=5, guidance_scale=2.0, temperature=0.5, **DRAW)
+    for number, image in enumerate(reply.images):
+        image.save(tmp_path / "star.png")
+        origin = read(tmp_path / "star.png")
+        assert (origin.seed, origin.image, origin.steps, origin.guidance_scale) == (5, number, 2, 2.0)
+        assert origin.decoding["temperature"] == 0.5 and origin.decoding["begin_with_image"]
+        assert origin.model.name.endswith("/model") and origin.decoder.name == "model/decoder"
+        assert origin.model.sha256 != origin.decoder.sha256
+        assert (origin.prompt, origin.prompt_sha256) == (None, hashlib.sha256(b"user: Draw").hexdigest())
+        assert b"Draw" not in (tmp_path / "star.png").read_bytes() and str(directory).encode() not in (tmp_path / "star.png").read_bytes()
+    kept = [event.image for event in pipeline.stream("Draw", seed=5, keep_prompt=True, **DRAW) if isinstance(event, Picture)]
+    assert [image.provenance.prompt for image in kept] == ["user: Draw"] * len(reply.images)
+    assert kept[0].provenance.model == reply.images[0].provenance.model
+    # What the file says suffices to draw the picture again.
+    said = reply.images[-1].provenance
+    again = pipeline("Draw", seed=said.seed, steps=said.steps, guidance_scale=said.guidance_scale, **said.decoding)
+    assert again.images[said.image].tobytes() == reply.images[-1].tobytes()
+    assert pipeline.decode_images(torch.zeros(1, K, 24), seeds=[3], steps=1)[0].provenance.model is None
+
+
+def test_models_that_were_not_loaded_as_they_are_claim_no_directory(pipeline):
+    built = MetaMorphPipeline(pipeline.model, pipeline.processor, pipeline.decoder)
+    assert (built.model_part.name, built.model_part.of) == ("MetaMorph", "config")
+    assert built.decoder_part.name == "VisualDecoderPipeline"
+    assert built.model_part.sha256 == pipeline.model_part.sha256
+
+
 def test_saving_and_loading_keeps_the_answer(pipeline, directory):
     again = MetaMorphPipeline.from_pretrained(directory, device="cpu")
     assert again("Hello", max_new_tokens=24, steps=1).token_ids == pipeline("Hello", max_new_tokens=24, steps=1).token_ids
@@ -175,6 +205,10 @@ def test_command_prints_the_answer_and_saves_the_images(directory, tmp_path):
     assert f"saved {target}" in drawn.stderr
     with Image.open(target) as saved:
         assert saved.mode == "RGB"
+    assert read(target).seed == 3 and read(target).prompt is None
+    for option, expected in (("--keep-prompt", "user: Generate an image of a star"), ("--no-metadata", None)):
+        assert runner.invoke(app, [*arguments, "a star", "-o", str(target), "--temperature", "1.0", "--seed", "3", option]).exit_code == 0
+        assert (read(target).prompt if expected else read(target)) == expected
 
 
 def test_command_says_that_nothing_was_drawn(directory, tmp_path):

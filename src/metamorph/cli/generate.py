@@ -40,12 +40,16 @@ def run(
     steps: Annotated[int, typer.Option(min=1, help="Denoising steps per image.")] = 10,
     guidance: Annotated[float, typer.Option(help="Guidance scale of the decoder; 1 is without.")] = 1.0,
     device: Annotated[str | None, typer.Option(help="cuda, mps or cpu; by default the first that is there.")] = None,
+    keep_prompt: Annotated[bool, typer.Option("--keep-prompt", help="Image files hold the prompt, not only its hash.")] = False,
+    no_metadata: Annotated[bool, typer.Option("--no-metadata", help="Image files do not say how they were made.")] = False,
 ) -> None:
     """Ask a model: it answers with text, an image, or both, as it sees fit.
 
     With -o a bare description is drawn: `metamorph generate "a small red star at the top left" -o star.png` sends
     "Generate an image of a small red star at the top left". Sent as they are: prompts with --image (questions and edits), with --raw,
     without -o, or that already begin with "generate" or "draw".
+
+    A PNG, JPEG or WebP says in its metadata which model drew it, from which seed and how.
     """
     from metamorph.messages import Message
 
@@ -55,8 +59,8 @@ def run(
     words = drawing_prompt(prompt) if output is not None and not raw and not image else prompt
     question = Message.user(*(image or []), words)
     settings = {"temperature": temperature, "max_new_tokens": max_new_tokens}
-    reply = pipeline(question, seed=seed, steps=steps, guidance_scale=guidance, **settings)
-    _show(reply, output)
+    reply = pipeline(question, seed=seed, steps=steps, guidance_scale=guidance, keep_prompt=keep_prompt, **settings)
+    _show(reply, output, metadata=not no_metadata)
 
 
 def drawing_prompt(prompt: str) -> str:
@@ -106,7 +110,7 @@ def load(model: str | None, decoder: str | None, device: str | None, *, needs_de
     return MetaMorphPipeline.from_pretrained(model, decoder, device=device)
 
 
-def _show(reply: Reply, output: Path | None) -> None:
+def _show(reply: Reply, output: Path | None, *, metadata: bool) -> None:
     """Print the text, save the images, say where; leave with `NOTHING_DRAWN` if an image was asked for and there is none."""
     if reply.text:
         typer.echo(reply.text)
@@ -114,7 +118,7 @@ def _show(reply: Reply, output: Path | None) -> None:
     if output is not None:
         output.parent.mkdir(parents=True, exist_ok=True)
         for path, image in zip(image_paths(output, len(reply.images)), reply.images, strict=True):
-            image.save(path)
+            image.save(path, metadata=metadata)
             typer.echo(f"saved {path} ({image.width}x{image.height})", err=True)
         if not drawn:
             typer.echo("The model drew no image. Ask for one, for instance: Generate an image of ...", err=True)
