@@ -28,7 +28,7 @@ def run(
     from metamorph.model.official import convert_official
 
     config = convert_official(from_official, out, vision=vision, tokenizer=tokenizer)
-    typer.echo(f"{out}: {config.num_visual_tokens} visual tokens per image, {config.text_config.vocab_size:,} tokens.")
+    typer.echo(f"{out}: {config.num_visual_tokens} visual tokens per image.")
     if (out / "processor_config.json").is_file():
         typer.echo(f'Next: metamorph generate "What do you see?" --image FILE --model {out}')
     else:
