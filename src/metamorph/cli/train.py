@@ -109,14 +109,13 @@ def _facts(stage: StagePlan) -> list[str]:
 
 
 def _empty(config: RunConfig):  # a module of torch, which is not imported here
-    from metamorph.recipes.shapes import empty_model
-    from metamorph.training.assembly import build_decoder
+    from metamorph.recipes.shapes import empty_decoder, empty_model
 
     if config.model is not None:
         return empty_model(config.model)
     assert config.decoder is not None  # validated
     try:
-        return build_decoder(config.decoder)[0]
+        return empty_decoder(config.decoder)
     except MetaMorphError as error:
         raise type(error)(f"{error} A decoder's parts must be there for --dry-run too.") from error
 

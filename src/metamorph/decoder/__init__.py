@@ -9,10 +9,11 @@ if TYPE_CHECKING:
     from metamorph.decoder.averaging import WeightAverage
     from metamorph.decoder.batches import DecoderBatch, DecoderStream
     from metamorph.decoder.conditioning import VisualConditioner
-    from metamorph.decoder.denoiser import build_denoiser, build_scheduler, microworld_denoiser, widen_input
+    from metamorph.decoder.denoiser import build_denoiser, build_dit, microworld_denoiser, widen_input
     from metamorph.decoder.objective import DecoderModel, Objective, decoder_step, sketch_step
     from metamorph.decoder.pipeline import VisualDecoderPipeline
-    from metamorph.decoder.starts import from_base, from_stable_diffusion
+    from metamorph.decoder.schedule import build_scheduler
+    from metamorph.decoder.starts import from_base, from_pretrained_diffusion, from_sana, from_stable_diffusion
 
 _HOME = {
     "DecoderBatch": "batches",
@@ -23,9 +24,12 @@ _HOME = {
     "VisualDecoderPipeline": "pipeline",
     "WeightAverage": "averaging",
     "build_denoiser": "denoiser",
-    "build_scheduler": "denoiser",
+    "build_dit": "denoiser",
+    "build_scheduler": "schedule",
     "decoder_step": "objective",
     "from_base": "starts",
+    "from_pretrained_diffusion": "starts",
+    "from_sana": "starts",
     "from_stable_diffusion": "starts",
     "microworld_denoiser": "denoiser",
     "sketch_step": "objective",
@@ -41,9 +45,12 @@ __all__ = [
     "VisualDecoderPipeline",
     "WeightAverage",
     "build_denoiser",
+    "build_dit",
     "build_scheduler",
     "decoder_step",
     "from_base",
+    "from_pretrained_diffusion",
+    "from_sana",
     "from_stable_diffusion",
     "microworld_denoiser",
     "sketch_step",

@@ -1,22 +1,116 @@
-"""The denoiser (a U-Net of diffusers), its sample space, and its schedulers.
+"""The denoiser: a U-Net or a diffusion transformer (DiT) of diffusers, and all that is asked of either.
 
-Axes: n images, h and w pixels, p = 3 * patch^2 sample channels, s side of the sample.
+Axes: n images, l context positions, c context width, p sample channels, s side of the sample.
 """
 
 from __future__ import annotations
 
-import math
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from metamorph.decoder.library import AutoencoderKL, DDIMScheduler, FlowMatchEulerDiscreteScheduler, Scheduler, UNet2DConditionModel
+from metamorph.decoder.library import Denoiser, SanaTransformer2DModel, UNet2DConditionModel
 from metamorph.errors import ConfigError
 
-Prediction = Literal["flow", "epsilon", "v_prediction", "sample"]
+
+@dataclass(frozen=True)
+class DenoiserKind:
+    """What two classes of denoisers call differently; the rest of the decoder knows no class."""
+
+    part: str
+    """Name of its folder in a saved pipeline."""
+    sample: str
+    """Name of the sample among the arguments of `forward`."""
+    context_width: str
+    """Name of that setting."""
+    first: str
+    """Its first layer, a convolution that reads the sample."""
+    last: str
+    """Its last layer, which makes the prediction."""
+    beyond: tuple[str, ...]
+    """Settings that, where they are on, ask for more than a sample, a time and a context."""
+
+
+_KINDS: dict[type[nn.Module], DenoiserKind] = {
+    UNet2DConditionModel: DenoiserKind(
+        part="unet",
+        sample="sample",
+        context_width="cross_attention_dim",
+        first="conv_in",
+        last="conv_out",
+        beyond=("addition_embed_type", "class_embed_type", "encoder_hid_dim_type", "num_class_embeds"),
+    ),
+    SanaTransformer2DModel: DenoiserKind(
+        part="transformer",
+        sample="hidden_states",
+        context_width="caption_channels",
+        first="patch_embed.proj",
+        last="proj_out",
+        beyond=("guidance_embeds",),
+    ),
+}
+
+
+class DenoiserSizes(NamedTuple):
+    """The sizes that the parts around a denoiser depend on."""
+
+    context_width: int
+    channels: int
+    """Of a sample, and of the prediction."""
+    map_channels: int
+    """Read beside the sample: the conditioner's map."""
+    sample_size: int
+
+
+def kind_of(denoiser: Denoiser) -> DenoiserKind:
+    """How the denoiser is saved and called.
+
+    Raises:
+        ConfigError: it is of a class that is not known, or needs more than a sample, a time and a context.
+    """
+    kind = _KINDS.get(type(denoiser))
+    if kind is None:
+        known = " or ".join(one.__name__ for one in _KINDS)
+        raise ConfigError(f"a denoiser of class {type(denoiser).__name__} but {known} is known (decoder). Choose another base.")
+    for name in kind.beyond:
+        if denoiser.config.get(name):
+            raise ConfigError(
+                f"a denoiser with {name}={denoiser.config[name]!r} but it is told only a sample, a time and a context (decoder). "
+                "Choose another base."
+            )
+    return kind
+
+
+def sizes_of(denoiser: Denoiser) -> DenoiserSizes:
+    """Context width, channels and side, from the denoiser's own config.
+
+    Raises:
+        ConfigError: see `kind_of`; or it reads fewer channels than it predicts.
+    """
+    config, read = denoiser.config, denoiser.config["in_channels"]
+    channels = config["out_channels"] or read
+    if read < channels:
+        raise ConfigError(f"a denoiser that reads {read} channels but predicts {channels} (decoder). Choose another base.")
+    return DenoiserSizes(config[kind_of(denoiser).context_width], channels, read - channels, config["sample_size"])
+
+
+def call_arguments(
+    denoiser: Denoiser,
+    sample: Float[Tensor, "n p s s"],
+    timesteps: Tensor,
+    context: Float[Tensor, "n l c"],
+    context_mask: Bool[Tensor, "n l"] | None = None,
+) -> dict[str, Any]:
+    """What `forward` of this denoiser is called with; one timestep for all images or one for each."""
+    return {
+        kind_of(denoiser).sample: sample,
+        "timestep": timesteps.expand(len(sample)) * (denoiser.config.get("timestep_scale") or 1),
+        "encoder_hidden_states": context,
+        "encoder_attention_mask": context_mask,
+    }
 
 
 def build_denoiser(
@@ -74,93 +168,61 @@ def microworld_denoiser(context_width: int = 128, map_channels: int = 0) -> UNet
     )
 
 
-def build_scheduler(prediction: Prediction, *, time_shift: float = 1.0) -> Scheduler:
-    """What samples a denoiser trained with `prediction`: Euler steps along a flow (`time_shift` > 1: more of them on noise), or DDIM."""
-    if prediction == "flow":
-        return FlowMatchEulerDiscreteScheduler(shift=time_shift)
-    return DDIMScheduler(
-        beta_schedule="scaled_linear",
-        beta_start=0.00085,
-        beta_end=0.012,
-        clip_sample=False,
-        set_alpha_to_one=True,
-        prediction_type=prediction,
-        timestep_spacing="trailing",  # begins at pure noise, which matters with few steps
-        rescale_betas_zero_snr=prediction != "epsilon",  # epsilon says nothing about the image at zero signal
+def build_dit(
+    *,
+    sample_size: int,
+    channels: int,
+    context_width: int,
+    width: int = 128,
+    num_layers: int = 4,
+    num_heads: int = 4,
+    map_channels: int = 0,
+) -> SanaTransformer2DModel:
+    """A small diffusion transformer of Sana's class (linear attention, convolutions in its MLPs), one token per position of a sample.
+
+    Args:
+        sample_size: positions per side: pixels / patch, or those of the latents.
+        channels: of a sample: 3 x patch^2, or those of the latents.
+        context_width: width of the cross-attention context.
+        width: of a token.
+        num_layers: blocks.
+        num_heads: of both attentions.
+        map_channels: channels of the conditioner's map, read beside the sample.
+
+    Raises:
+        ConfigError: the heads do not divide the width.
+    """
+    if width % num_heads:
+        raise ConfigError(f"width {width} but {num_heads} heads must divide it (DiT). Choose other sizes.")
+    return SanaTransformer2DModel(
+        in_channels=channels + map_channels,
+        out_channels=channels,
+        num_attention_heads=num_heads,
+        attention_head_dim=width // num_heads,
+        num_cross_attention_heads=num_heads,
+        cross_attention_head_dim=width // num_heads,
+        cross_attention_dim=width,
+        num_layers=num_layers,
+        caption_channels=context_width,
+        sample_size=sample_size,
+        patch_size=1,
+        interpolation_scale=1,  # sine positions, as Sana has them at 2,048 pixels; below it finds places by its convolutions alone
     )
 
 
-def prediction_of(scheduler: Scheduler) -> Prediction:
-    """What a denoiser sampled by `scheduler` must predict.
-
-    Raises:
-        ConfigError: a prediction type other than epsilon or v_prediction.
-    """
-    if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
-        return "flow"
-    found = scheduler.config["prediction_type"]
-    if found not in ("epsilon", "v_prediction", "sample"):
-        raise ConfigError(
-            f"prediction_type={found!r} but epsilon, v_prediction or sample is needed (decoder scheduler). Choose another scheduler."
-        )
-    return found
-
-
-class SampleSpace:
-    """Where diffusion happens: a frozen VAE's latents or, without one, pixels with each patch folded into channels."""
-
-    def __init__(self, unet: UNet2DConditionModel, vae: AutoencoderKL | None):
-        self.vae = vae
-        self.channels: int = unet.config["out_channels"]
-        self.size: int = unet.config["sample_size"]
-        self.patch = math.isqrt(self.channels // 3) if vae is None else 1
-        if vae is None and 3 * self.patch**2 != self.channels:
-            raise ConfigError(
-                f"{self.channels} sample channels but 3 x patch^2 without a VAE (decoder). Give the VAE that the denoiser was trained with."
-            )
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        """Channels, height and width of one sample."""
-        return self.channels, self.size, self.size
-
-    @torch.no_grad()
-    def encode(self, pixels: Float[Tensor, "n 3 h w"], noise: Float[Tensor, "n p s s"] | None = None) -> Float[Tensor, "n p s s"]:
-        """Images between -1 and 1 to samples. With a VAE, the mean of its posterior plus `noise` standard deviations.
-
-        Raises:
-            ConfigError: the images are not of the denoiser's size.
-        """
-        if self.vae is None:
-            sample = F.pixel_unshuffle(pixels, self.patch)
-        else:
-            posterior = self.vae.encode(pixels.to(self.vae.dtype)).latent_dist  # pyright: ignore[reportAttributeAccessIssue]
-            latent = posterior.mean if noise is None else posterior.mean + posterior.std * noise.to(posterior.mean.dtype)
-            sample = (latent * self.vae.config["scaling_factor"]).to(pixels.dtype)
-        if sample.shape[1:] != self.shape:
-            raise ConfigError(
-                f"samples of shape {list(sample.shape[1:])} but {list(self.shape)} (decoder). Resize the images to the denoiser's size."
-            )
-        return sample
-
-    @torch.no_grad()
-    def decode(self, sample: Float[Tensor, "n p s s"]) -> Float[Tensor, "n 3 h w"]:
-        """Samples to images between 0 and 1."""
-        if self.vae is None:
-            pixels = F.pixel_shuffle(sample, self.patch)
-        else:
-            pixels = self.vae.decode(sample.to(self.vae.dtype) / self.vae.config["scaling_factor"]).sample  # pyright: ignore[reportAttributeAccessIssue]
-        return (pixels.float() / 2 + 0.5).clamp(0, 1)
-
-
-def widen_input(unet: UNet2DConditionModel, channels: int) -> UNet2DConditionModel:
-    """A copy of `unet` that reads `channels` more, with zero weights: it computes what the original does until it is trained."""
-    config: dict[str, Any] = {name: value for name, value in unet.config.items() if not name.startswith("_")}
-    config["in_channels"] += channels
-    wide = UNet2DConditionModel(**config).to(unet.dtype)
-    state = unet.state_dict()
-    conv_in: nn.Conv2d = unet.conv_in
-    zeros = conv_in.weight.new_zeros(conv_in.out_channels, channels, *conv_in.kernel_size)
-    state["conv_in.weight"] = torch.cat([conv_in.weight.detach(), zeros], dim=1)
+def widen_input(denoiser: Denoiser, channels: int) -> Any:
+    """A copy that reads `channels` more, with zero weights: it computes what the original does until it is trained."""
+    config: dict[str, Any] = {name: value for name, value in denoiser.config.items() if not name.startswith("_")}
+    config |= {"in_channels": config["in_channels"] + channels, "out_channels": sizes_of(denoiser).channels}
+    wide = type(denoiser)(**config).to(denoiser.dtype)
+    state = denoiser.state_dict()
+    name = f"{kind_of(denoiser).first}.weight"
+    zeros = state[name].new_zeros(len(state[name]), channels, *state[name].shape[2:])
+    state[name] = torch.cat([state[name], zeros], dim=1)
     wide.load_state_dict(state)
-    return wide.to(unet.device)
+    return wide.to(denoiser.device)
+
+
+def last_layer(denoiser: Denoiser) -> nn.Module:
+    """What makes the prediction."""
+    return denoiser.get_submodule(kind_of(denoiser).last)

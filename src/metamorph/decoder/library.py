@@ -1,7 +1,16 @@
 """The one door to diffusers: everything the decoder takes from it, and a clear message where it is not installed."""
 
 try:
-    from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline, FlowMatchEulerDiscreteScheduler, UNet2DConditionModel
+    from diffusers import (
+        AutoencoderDC,
+        AutoencoderKL,
+        DDIMScheduler,
+        DiffusionPipeline,
+        DPMSolverMultistepScheduler,
+        FlowMatchEulerDiscreteScheduler,
+        SanaTransformer2DModel,
+        UNet2DConditionModel,
+    )
     from diffusers.configuration_utils import ConfigMixin, register_to_config
     from diffusers.models.modeling_utils import ModelMixin
 except ModuleNotFoundError as error:
@@ -11,15 +20,22 @@ except ModuleNotFoundError as error:
         "no diffusers but the decoder (visual tokens to pixels) needs it. Install it with: pip install 'metamorph[decoder]'"
     ) from error
 
-Scheduler = DDIMScheduler | FlowMatchEulerDiscreteScheduler
+Autoencoder = AutoencoderKL | AutoencoderDC
+Denoiser = UNet2DConditionModel | SanaTransformer2DModel
+Scheduler = DDIMScheduler | FlowMatchEulerDiscreteScheduler | DPMSolverMultistepScheduler
 
 __all__ = [
+    "Autoencoder",
+    "AutoencoderDC",
     "AutoencoderKL",
     "ConfigMixin",
     "DDIMScheduler",
+    "DPMSolverMultistepScheduler",
+    "Denoiser",
     "DiffusionPipeline",
     "FlowMatchEulerDiscreteScheduler",
     "ModelMixin",
+    "SanaTransformer2DModel",
     "Scheduler",
     "UNet2DConditionModel",
     "register_to_config",

@@ -15,8 +15,10 @@ from torch import Tensor, nn
 
 from metamorph.decoder.batches import DecoderBatch
 from metamorph.decoder.conditioning import Condition, VisualConditioner, given_context
-from metamorph.decoder.denoiser import SampleSpace, prediction_of
-from metamorph.decoder.library import AutoencoderKL, FlowMatchEulerDiscreteScheduler, Scheduler, UNet2DConditionModel
+from metamorph.decoder.denoiser import call_arguments, sizes_of
+from metamorph.decoder.library import Autoencoder, Denoiser, Scheduler
+from metamorph.decoder.schedule import noised, prediction_of
+from metamorph.decoder.space import SampleSpace
 from metamorph.errors import ConfigError
 from metamorph.losses import LossTerm
 
@@ -79,26 +81,33 @@ class DecoderModel(nn.Module):
 
     def __init__(
         self,
-        unet: UNet2DConditionModel,
+        denoiser: Denoiser,
         scheduler: Scheduler,
         conditioner: VisualConditioner | None = None,
-        vae: AutoencoderKL | None = None,
+        vae: Autoencoder | None = None,
         objective: Objective | None = None,
     ):
         super().__init__()
-        self.unet, self.conditioner = unet, conditioner
+        self.denoiser, self.conditioner = denoiser, conditioner
         self.vae = None if vae is None else vae.requires_grad_(False).eval()
         self.scheduler, self.objective = scheduler, objective or Objective()
-        self.space = SampleSpace(unet, self.vae)
+        self.space = SampleSpace(denoiser, self.vae)
         self.prediction = prediction_of(scheduler)
-        self.map_channels = map_channels_of(unet)
-        check_parts(unet, scheduler, conditioner)
+        self.map_channels = sizes_of(denoiser).map_channels
+        check_parts(denoiser, scheduler, conditioner)
 
     def train(self, mode: bool = True) -> DecoderModel:
         """Set the mode of all but the VAE, which is always frozen."""
         super().train(mode)
         if self.vae is not None:
             self.vae.eval()
+        return self
+
+    def requires_grad_(self, requires_grad: bool = True) -> DecoderModel:
+        """Let everything train, or nothing; the VAE never does."""
+        super().requires_grad_(requires_grad)
+        if self.vae is not None:
+            self.vae.requires_grad_(False)
         return self
 
     def loss_terms(self, batch: DecoderBatch) -> dict[str, LossTerm]:
@@ -111,7 +120,7 @@ class DecoderModel(nn.Module):
         clean = self.space.encode(batch.pixels, draws.latent_noise)
         noisy, timesteps, target = noised(self.scheduler, clean, draws.noise, draws.time)
         condition = self.condition(batch, draws.token_noise)
-        predicted = denoise(self.unet, noisy, timesteps, condition.where(draws.keep), batch.context_mask)
+        predicted = denoise(self.denoiser, noisy, timesteps, condition.where(draws.keep), batch.context_mask)
         errors = squared_error(predicted, target)
         if condition.sketch is not None:
             errors = errors + squared_error(condition.sketch, clean)
@@ -169,12 +178,7 @@ def sketch_step(model: DecoderModel, batch: DecoderBatch) -> dict[str, LossTerm]
     return model.sketch_terms(batch)
 
 
-def map_channels_of(unet: UNet2DConditionModel) -> int:
-    """The number of map channels that the denoiser reads."""
-    return unet.config["in_channels"] - unet.config["out_channels"]
-
-
-def check_parts(unet: UNet2DConditionModel, scheduler: Scheduler, conditioner: VisualConditioner | None) -> None:
+def check_parts(denoiser: Denoiser, scheduler: Scheduler, conditioner: VisualConditioner | None) -> None:
     """A conditioner speaks of the denoiser's sizes; a sketch is a guess of the clean sample, which the denoiser must then predict.
 
     Raises:
@@ -182,14 +186,14 @@ def check_parts(unet: UNet2DConditionModel, scheduler: Scheduler, conditioner: V
     """
     if conditioner is None:
         return
-    map_channels = map_channels_of(unet)
+    sizes = sizes_of(denoiser)
     names = ("map channels", "context width", "sample size")
     found = (conditioner.config["map_channels"], conditioner.config["context_width"], conditioner.config["sample_size"])
-    expected = (map_channels, unet.config["cross_attention_dim"], unet.config["sample_size"])
+    expected = (sizes.map_channels, sizes.context_width, sizes.sample_size)
     for name, one, other in zip(names, found, expected, strict=True):
-        if one != other and not (name == "sample size" and not map_channels):
+        if one != other and not (name == "sample size" and not sizes.map_channels):
             raise ConfigError(f"conditioner with {name} {one} but a denoiser with {other} (decoder). Build them with the same sizes.")
-    found, expected = (map_channels, prediction_of(scheduler)), (unet.config["out_channels"], "sample")
+    found, expected = (sizes.map_channels, prediction_of(scheduler)), (sizes.channels, "sample")
     if conditioner.config["sketch"] and found != expected:
         raise ConfigError(
             f"a sketch with {found[0]} channels and {found[1]} prediction but {expected[0]} channels and sample prediction are needed "
@@ -197,30 +201,19 @@ def check_parts(unet: UNet2DConditionModel, scheduler: Scheduler, conditioner: V
         )
 
 
-def noised(
-    scheduler: Scheduler, clean: Float[Tensor, "n p s s"], noise: Float[Tensor, "n p s s"], time: Float[Tensor, " n"]
-) -> tuple[Float[Tensor, "n p s s"], Tensor, Float[Tensor, "n p s s"]]:
-    """Samples at `time`, the timesteps that the denoiser is told, and what it must predict."""
-    num_timesteps = scheduler.config["num_train_timesteps"]
-    if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
-        level = time[:, None, None, None].to(clean.dtype)
-        return (1 - level) * clean + level * noise, time * num_timesteps, noise - clean
-    timesteps = (time * num_timesteps).long().clamp(max=num_timesteps - 1)
-    noisy = scheduler.add_noise(clean, noise, timesteps)  # pyright: ignore[reportArgumentType]
-    if prediction_of(scheduler) == "v_prediction":
-        return noisy, timesteps, scheduler.get_velocity(clean, noise, timesteps)  # pyright: ignore[reportArgumentType]
-    return noisy, timesteps, clean if prediction_of(scheduler) == "sample" else noise
-
-
 def denoise(
-    unet: Callable[..., Any],
+    denoiser: Denoiser,
     noisy: Float[Tensor, "n p s s"],
     timesteps: Tensor,
     condition: Condition,
     context_mask: Bool[Tensor, "n l"] | None = None,
+    call: Callable[..., Any] | None = None,
 ) -> Float[Tensor, "n p s s"]:
-    """The denoiser's prediction; it reads the map as more channels of its input, and adds to the sketch if there is one."""
+    """The denoiser's prediction; it reads the map as more channels of its input, and adds to the sketch if there is one.
+
+    `call`, if given, computes what the denoiser does.
+    """
     read = noisy if condition.map is None else torch.cat([noisy, condition.map.to(noisy.dtype)], dim=1)
     read = read.contiguous(memory_format=torch.channels_last)  # convolutions keep this order; about a tenth faster on a CPU
-    predicted = unet(read, timesteps, condition.context, encoder_attention_mask=context_mask).sample
+    predicted = (call or denoiser)(**call_arguments(denoiser, read, timesteps, condition.context, context_mask)).sample
     return predicted if condition.sketch is None else predicted + condition.sketch

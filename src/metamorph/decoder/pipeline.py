@@ -11,44 +11,60 @@ from collections.abc import Callable, Sequence
 from os import PathLike
 from typing import Any, ClassVar, Literal
 
-import numpy as np
 import torch
 from jaxtyping import Bool, Float
 from PIL import Image
 from torch import Tensor, nn
 
 from metamorph.decoder.conditioning import Condition, VisualConditioner, given_context
-from metamorph.decoder.denoiser import SampleSpace
-from metamorph.decoder.library import AutoencoderKL, DiffusionPipeline, FlowMatchEulerDiscreteScheduler, Scheduler, UNet2DConditionModel
-from metamorph.decoder.objective import DecoderModel, check_parts, denoise, map_channels_of
+from metamorph.decoder.denoiser import kind_of, sizes_of
+from metamorph.decoder.library import (
+    Autoencoder,
+    Denoiser,
+    DiffusionPipeline,
+    SanaTransformer2DModel,
+    Scheduler,
+    UNet2DConditionModel,
+)
+from metamorph.decoder.objective import DecoderModel, check_parts, denoise
+from metamorph.decoder.schedule import begin
+from metamorph.decoder.space import SampleSpace
 from metamorph.errors import AlignmentError, ConfigError
 
 
 class VisualDecoderPipeline(DiffusionPipeline):
     """Draws the images that visual tokens stand for. Saved as safetensors only; loaded in float32 unless told otherwise.
 
-    Without a conditioner it is a text-conditioned base, which draws from a `context` instead.
+    Without a conditioner it is a text-conditioned base, which draws from a `context` instead. The denoiser is named as diffusers names
+    it: a U-Net `unet`, a diffusion transformer `transformer`.
+
+    Raises:
+        ConfigError: not exactly one denoiser, or the parts do not fit together.
     """
 
-    model_cpu_offload_seq = "conditioner->unet->vae"
-    _optional_components: ClassVar[list[str]] = ["conditioner", "vae"]
+    model_cpu_offload_seq = "conditioner->unet->transformer->vae"
+    _optional_components: ClassVar[list[str]] = ["conditioner", "unet", "transformer", "vae"]
 
     def __init__(
         self,
         conditioner: VisualConditioner | None,
-        unet: UNet2DConditionModel,
         scheduler: Scheduler,
-        vae: AutoencoderKL | None = None,
+        unet: UNet2DConditionModel | None = None,
+        transformer: SanaTransformer2DModel | None = None,
+        vae: Autoencoder | None = None,
     ):
         super().__init__()
-        self.register_modules(conditioner=conditioner, unet=unet, scheduler=scheduler, vae=vae)
-        check_parts(unet, scheduler, conditioner)
+        if (unet is None) == (transformer is None):
+            raise ConfigError("both or neither of unet and transformer but exactly one denoises (VisualDecoderPipeline). Give one.")
+        self.register_modules(conditioner=conditioner, scheduler=scheduler, unet=unet, transformer=transformer, vae=vae)
+        check_parts(self.denoiser, scheduler, conditioner)
         self.set_progress_bar_config(disable=True)
 
     @classmethod
     def from_model(cls, model: DecoderModel) -> VisualDecoderPipeline:
         """The pipeline of a model; it shares its weights."""
-        return cls(model.conditioner, model.unet, model.scheduler, model.vae)
+        denoiser: dict[str, Any] = {kind_of(model.denoiser).part: model.denoiser}
+        return cls(model.conditioner, model.scheduler, vae=model.vae, **denoiser)
 
     def save_pretrained(self, save_directory: str | PathLike, *, dtype: torch.dtype | None = None, **kwargs: Any) -> None:
         """Save every part with its config, weights as safetensors, in `dtype` if given (for example float16, half the size).
@@ -117,26 +133,31 @@ class VisualDecoderPipeline(DiffusionPipeline):
         seeds = [seeds] * len(told) if isinstance(seeds, int) else list(seeds)
         if len(seeds) != len(told):
             raise AlignmentError(f"{len(seeds)} seeds but {len(told)} images (VisualDecoderPipeline). Give one seed, or one per image.")
-        condition = self._condition(told.to(self.device, self.unet.dtype), from_tokens=visual_tokens is not None)
+        condition = self._condition(told.to(self.device, self.denoiser.dtype), from_tokens=visual_tokens is not None)
         mask = None if context_mask is None else context_mask.to(self.device)
         sample = self._sample(condition, mask, seeds, num_inference_steps, guidance_scale)
         pixels = self.space.decode(sample)
         return pixels if output_type == "pt" else to_images(pixels)
 
     @property
+    def denoiser(self) -> Denoiser:
+        """The U-Net or the transformer."""
+        return self.transformer if self.unet is None else self.unet
+
+    @property
     def space(self) -> SampleSpace:
         """Where diffusion happens."""
-        return SampleSpace(self.unet, self.vae)
+        return SampleSpace(self.denoiser, self.vae)
 
     @property
     def image_size(self) -> int:
         """Pixels per side of a picture."""
-        factor = self.space.patch if self.vae is None else 2 ** (len(self.vae.config["block_out_channels"]) - 1)
-        return self.unet.config["sample_size"] * factor
+        return self.space.image_size
 
     def _condition(self, told: Float[Tensor, "n l c"], from_tokens: bool) -> Condition:
         if not from_tokens:
-            return given_context(told, map_channels_of(self.unet), self.unet.config["sample_size"])
+            sizes = sizes_of(self.denoiser)
+            return given_context(told, sizes.map_channels, sizes.sample_size)
         if self.conditioner is None:
             raise ConfigError("visual tokens but no conditioner (a text-conditioned base). Make a decoder of it with `from_base`.")
         return self.conditioner(told)
@@ -152,17 +173,12 @@ class VisualDecoderPipeline(DiffusionPipeline):
             condition = Condition(*(None if one is None else torch.cat([one, one]) for one in condition)).where(keep)
         # a copy: a scheduler counts its steps, and calls from several threads must not share the count
         scheduler = copy.deepcopy(self.scheduler)
-        if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
-            # equal steps from pure noise to the image, then shifted by the scheduler; its own default shifts the last one twice
-            scheduler.set_timesteps(sigmas=np.linspace(1.0, 1.0 / num_steps, num_steps).tolist(), device=self.device)  # pyright: ignore[reportArgumentType]
-            sample = initial_noise(seeds, self.space.shape)
-        else:
-            scheduler.set_timesteps(num_steps, device=self.device)
-            sample = initial_noise(seeds, self.space.shape) * scheduler.init_noise_sigma
-        sample = sample.to(self.device, self.unet.dtype)
-        unet = _quick(self.unet)
+        scale = begin(scheduler, num_steps, self.device)  # pyright: ignore[reportArgumentType]
+        sample = (initial_noise(seeds, self.space.shape) * scale).to(self.device, self.denoiser.dtype)
+        call = _quick(self.denoiser)
         for timestep in self.progress_bar(scheduler.timesteps):  # pyright: ignore[reportGeneralTypeIssues]
-            predicted = denoise(unet, torch.cat([sample, sample]) if guided else sample, timestep, condition, mask)
+            read = torch.cat([sample, sample]) if guided else sample
+            predicted = denoise(self.denoiser, read, timestep, condition, mask, call)
             if guided:
                 told, untold = predicted.chunk(2)
                 predicted = untold + guidance_scale * (told - untold)
@@ -170,14 +186,14 @@ class VisualDecoderPipeline(DiffusionPipeline):
         return sample
 
 
-def _quick(unet: UNet2DConditionModel) -> Callable[..., Any]:
+def _quick(denoiser: Denoiser) -> Callable[..., Any]:
     """The denoiser for many calls in a row: on a CPU its convolutions are reordered once, not at every call (a tenth of the time)."""
-    if unet.device.type != "cpu":
-        return unet
-    ordered = {name: value.contiguous(memory_format=torch.channels_last) for name, value in unet.named_parameters() if value.ndim == 4}
+    if denoiser.device.type != "cpu":
+        return denoiser
+    ordered = {name: value.contiguous(memory_format=torch.channels_last) for name, value in denoiser.named_parameters() if value.ndim == 4}
 
-    def call(*args: Any, **kwargs: Any) -> Any:
-        return torch.func.functional_call(unet, ordered, args, kwargs)
+    def call(**kwargs: Any) -> Any:
+        return torch.func.functional_call(denoiser, ordered, (), kwargs)
 
     return call
 

@@ -36,8 +36,9 @@ DECODER_OBJECTIVE: dict[str, Any] = {"times": "uniform", "time_shift": 2.0, "con
 
 def new_base() -> DecoderModel:
     """A fresh text-conditioned denoiser that predicts the clean picture."""
-    from metamorph.decoder.denoiser import build_scheduler, microworld_denoiser
+    from metamorph.decoder.denoiser import microworld_denoiser
     from metamorph.decoder.objective import DecoderModel, Objective
+    from metamorph.decoder.schedule import build_scheduler
 
     objective = Objective(times="uniform", time_shift=2.0, condition_dropout=0.1)
     return DecoderModel(microworld_denoiser(WIDTH), build_scheduler("sample"), objective=objective)
@@ -50,7 +51,7 @@ def decoder_from_base(base: Path, num_visual_tokens: int = NUM_VISUAL_TOKENS) ->
     from metamorph.decoder.starts import from_base
 
     pipeline = VisualDecoderPipeline.from_pretrained(base)
-    start = DecoderModel(pipeline.unet, pipeline.scheduler)
+    start = DecoderModel(pipeline.denoiser, pipeline.scheduler)
     objective = Objective(**DECODER_OBJECTIVE)
     return from_base(start, visual_width=WIDTH, num_visual_tokens=num_visual_tokens, **DECODER_CONDITIONER, objective=objective)
 

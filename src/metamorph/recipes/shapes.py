@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from metamorph.errors import CheckpointError
-from metamorph.training.config import ModelConfig
+from metamorph.training.assembly import start_decoder
+from metamorph.training.config import DecoderConfig, ModelConfig
 
 if TYPE_CHECKING:
+    from metamorph.decoder import DecoderModel
     from metamorph.model.modeling import MetaMorph
 
 CONFIGS = Path(__file__).parent / "configs"
@@ -34,6 +36,18 @@ def empty_model(config: ModelConfig) -> MetaMorph:
         settings = MetaMorphConfig(text_config=_nested(config.llm), vision_config=_nested(config.vision), **choices)
     with torch.device("meta"):
         return MetaMorph(settings)
+
+
+def empty_decoder(config: DecoderConfig) -> DecoderModel:
+    """A decoder of the right shape on the meta device; of its base and encoder only the configs are read.
+
+    Raises:
+        CheckpointError: a config is missing.
+        ConfigError: a setting is unknown, or the parts do not fit together.
+    """
+    from metamorph.model.configuration import MetaMorphConfig
+
+    return start_decoder(config, _load(MetaMorphConfig, config.encoder), weights=False)
 
 
 def _nested(reference: str | None) -> Any:

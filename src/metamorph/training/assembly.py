@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import fields, replace
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from metamorph.decoder import DecoderModel, DecoderStream
+    from metamorph.model.configuration import MetaMorphConfig
     from metamorph.model.modeling import MetaMorph
     from metamorph.model.processing import MetaMorphProcessor
 
@@ -119,25 +121,45 @@ def build_decoder(config: DecoderConfig) -> tuple[DecoderModel, MetaMorph]:
 
     Raises:
         CheckpointError: one of them is not there.
+        ConfigError: a setting is unknown, or the parts do not fit together.
     """
-    from metamorph.decoder import DecoderModel, Objective, from_base, from_stable_diffusion
-    from metamorph.decoder.library import UNet2DConditionModel
     from metamorph.model.conversion import load
 
     model, _ = load(config.encoder)
-    sizes = {"visual_width": model.config.vision_config.hidden_size, "num_visual_tokens": model.config.num_visual_tokens}
-    objective = Objective(**config.objective)
-    try:
-        if config.latent:
-            decoder = from_stable_diffusion(config.base, **sizes, **config.conditioner)
-            decoder.objective = objective
-        else:
-            unet = UNet2DConditionModel.from_pretrained(config.base, subfolder="unet", use_safetensors=True)
-            base = DecoderModel(unet, _load_scheduler(config.base))
-            decoder = from_base(base, **sizes, **config.conditioner, objective=objective)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{error} but a saved diffusion model was expected ({config.base}). Give the base of a decoder.") from error
-    return decoder, model.eval()
+    return start_decoder(config, model.config), model.eval()
+
+
+def start_decoder(config: DecoderConfig, encoder: MetaMorphConfig, *, weights: bool = True) -> DecoderModel:
+    """The decoder at its start, for visual tokens as this encoder makes them; without `weights` only its shape, on the meta device.
+
+    Raises:
+        CheckpointError: the base is not there.
+        ConfigError: a setting is unknown, or the parts do not fit together.
+    """
+    import torch
+
+    from metamorph.decoder import DecoderModel, Objective, from_base, from_pretrained_diffusion
+    from metamorph.decoder.library import UNet2DConditionModel
+    from metamorph.decoder.parts import load_module
+    from metamorph.decoder.schedule import load_scheduler
+
+    start = from_pretrained_diffusion if config.latent else from_base
+    own = ("path", "base", "visual_width", "num_visual_tokens", "weights", "objective")
+    _check_names(config.conditioner, [name for name in inspect.signature(start).parameters if name not in own], "conditioner")
+    _check_names(config.objective, [field.name for field in fields(Objective)], "objective")
+    sizes = {"visual_width": encoder.vision_config.hidden_size, "num_visual_tokens": encoder.num_visual_tokens}
+    if config.latent:
+        decoder = from_pretrained_diffusion(config.base, weights=weights, **sizes, **config.conditioner)
+    else:
+        unet = load_module(UNet2DConditionModel, config.base, "unet", weights=weights)
+        try:
+            base = DecoderModel(unet, load_scheduler(config.base, latent=False))
+        except OSError as error:
+            raise CheckpointError(f"{error} but a saved scheduler was expected ({config.base}). Give the base of a decoder.") from error
+        with torch.device("cpu" if weights else "meta"):
+            decoder = from_base(base, **sizes, **config.conditioner)
+    decoder.objective = replace(decoder.objective, **config.objective)
+    return decoder
 
 
 def build_decoder_stream(config: DecoderConfig, training: TrainingConfig, encoder: MetaMorph) -> DecoderStream:
@@ -210,9 +232,7 @@ def _call(config: SourceConfig, **given: Any) -> Any:
     return function(**given, **config.kwargs)
 
 
-def _load_scheduler(path: str) -> Any:
-    from metamorph.decoder.library import DDIMScheduler, FlowMatchEulerDiscreteScheduler
-
-    settings: Any = DDIMScheduler.load_config(path, subfolder="scheduler")
-    kind = FlowMatchEulerDiscreteScheduler if "FlowMatch" in str(settings["_class_name"]) else DDIMScheduler
-    return kind.from_pretrained(path, subfolder="scheduler")
+def _check_names(settings: Mapping[str, Any], known: list[str], section: str) -> None:
+    for name in settings:
+        if name not in known:
+            raise ConfigError(f"{unknown_name(name, known, 'setting')} (decoder.{section})")

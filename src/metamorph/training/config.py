@@ -174,15 +174,15 @@ class DecoderConfig(Section):
     encoder: str
     """A saved MetaMorph, whose visual tokens are the condition."""
     base: str
-    """A saved denoiser to start from: unet/ and scheduler/."""
+    """A saved denoiser to start from: unet/ and scheduler/; with `latent` a diffusion model of latents, with model_index.json and vae/."""
     latent: bool = False
-    """The base is laid out as Stable Diffusion, with a VAE, and reads 77 context positions."""
+    """The base is laid out as Stable Diffusion 1.5 (context padded to 77 positions) or Sana, with a VAE, which stays frozen."""
     batches: SourceConfig
     """A function of (encode, size, seed, **kwargs) that returns a function from the step's number to its DecoderBatch."""
     conditioner: dict[str, Any] = {}
     """Sizes of the conditioner that differ from its defaults."""
     objective: dict[str, Any] = {}
-    """Settings of the objective: times, their shift, condition dropout and noise."""
+    """Settings of the objective (times, their shift, condition dropout and noise) that differ from those of the start."""
     ema_decay: float | None = Field(default=None, gt=0, lt=1)
     """Save an exponential moving average of the weights instead of the last."""
 

@@ -138,7 +138,7 @@ def _run_decoder(config, results, train_stage, evaluators, on_stage, tracker) ->
         if number == 0 and on_stage is not None:
             on_stage("start", model.eval(), encoder)
         select_trainable(model, stage.train, stage.freeze)
-        encoder.to(pick_device(stage.training.device))  # pyright: ignore[reportArgumentType]
+        encoder.vision_encoder.to(pick_device(stage.training.device))  # its language model stays where it is: nothing asks it
         companions = {"ema": WeightAverage(model, config.decoder.ema_decay)} if config.decoder.ema_decay else {}
         result = train_stage(
             decoder_step,
