@@ -13,7 +13,7 @@ SOURCES := src tests
 # Tests run in WORKERS processes with one thread each: more threads than cores makes small models many times slower.
 PYTEST  := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
-.PHONY: help demo evaluate test test-slow check lint types imports format clean
+.PHONY: help demo evaluate test test-slow check lint types imports docs format clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -43,12 +43,15 @@ types: $(DEV)  ## pyright
 imports: $(DEV)  ## who may import whom
 	$(BIN)/lint-imports --no-cache
 
+docs: $(DEV)  ## the documentation site, in build/docs; fails on warnings
+	$(BIN)/zensical build --strict --clean
+
 format: $(DEV)  ## rewrite the sources in the house format
 	$(BIN)/ruff check --fix $(SOURCES)
 	$(BIN)/ruff format $(SOURCES)
 
 clean:  ## remove the environment and the caches, never runs/
-	rm -rf $(VENV) .ruff_cache .hypothesis .pytest_cache build dist
+	rm -rf $(VENV) .cache .ruff_cache .hypothesis .pytest_cache build dist
 
 $(RUN): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v < (3, 14) else "$(PYTHON) is Python %d.%d but 3.11 to 3.13 is needed. Name another one: make PYTHON=python3.12 ..." % v)'
