@@ -212,7 +212,7 @@ def test_good_templates_pass_the_probe_and_name_the_end_of_turn():
         (WITHOUT.replace("<|end|>", ""), "an end-of-turn token was expected"),
         (
             WITHOUT.replace("{% if add_generation_prompt %}<|assistant|>", "{% if add_generation_prompt %}<|assistant|>Well"),
-            "the prompt before turn",
+            "in one prompt but",
         ),
         (SPACED, r"targets \[' A red square"),
         ("{{ raise_exception('no images, please') }}", "no images, please"),

@@ -1,10 +1,15 @@
 """Messages as the LLM's own chat template writes them, and which characters of that text are targets.
 
 Every part is rendered as a mark of private-use characters, so that a template never sees (and cannot change) what people said, and the
-exact place of each part is known. Targets are found in one of two ways:
+exact place of each part is known. A target runs to the end of the first special token after an answer's last part. It starts
 
-- The template has `{% generation %}`: a target runs from the start of that block to the end of the first special token after the last part.
-- It has not: a target starts where the rendering of the earlier turns with a generation prompt ends, and runs to that same special token.
+- where the template's `{% generation %}` block does, or where the prompt ends, if that is inside the block;
+- without such blocks where the prompt ends: the rendering of the earlier turns with a generation prompt.
+
+Some templates write a turn differently once another follows (Qwen3 drops what it wrote before an earlier answer; Mistral moves the system
+turn to the last question). A model would then be trained on other prompts than it is asked with. For these the conversation is put
+together from its prompts: each turn stays as it was when it was answered, in training and in use alike. Templates that can think are told
+not to (`enable_thinking=False`: their empty thinking block is part of the prompt). Templates that ask for today's date get a fixed one.
 
 Text is tokenized as one string, as the plain rendering would be, with two exceptions. It is cut where an answer starts, because at
 inference the prompt ends there (not for tokenizers that write a space before every text). And text of a person that spells a special token
@@ -13,9 +18,11 @@ is cut out and tokenized with special tokens switched off: it stays text.
 
 import re
 import threading
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import date
 from itertools import pairwise
+from typing import Any
 
 import jinja2
 from transformers import PreTrainedTokenizerBase
@@ -30,6 +37,9 @@ Span = tuple[int, int]
 
 _MARK = re.compile("\ue000([0-9]+)\ue001")
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+
+TEMPLATE_DATE = date(2024, 7, 26)
+"""What a template that asks for today's date is told, so that a conversation is the same sequence every day. Llama 3's own default."""
 
 
 @dataclass(frozen=True)
@@ -66,14 +76,42 @@ class TokenizedText:
     starts: list[int]
 
 
+@dataclass(frozen=True)
+class ChatTemplate:
+    """A template and the variables that it is given: the tokenizer's special tokens, and settings that override the two defaults."""
+
+    source: str
+    variables: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def marks_answers(self) -> bool:
+        """Whether it has `{% generation %}` blocks."""
+        return _GENERATION.search(self.source) is not None
+
+    def write(self, marked: Sequence[dict[str, str]], add_generation_prompt: bool, place: str) -> tuple[str, list[Span]]:
+        """Text of a conversation, and its generation blocks.
+
+        Raises:
+            TemplateError: the template refuses the conversation.
+        """
+        try:
+            texts, blocks = render_jinja_template(
+                conversations=[list(marked)],
+                chat_template=self.source,
+                return_assistant_tokens_mask=self.marks_answers,
+                add_generation_prompt=add_generation_prompt,
+                **{"enable_thinking": False, "strftime_now": TEMPLATE_DATE.strftime, **self.variables},
+            )
+        except jinja2.TemplateError as error:
+            roles = ", ".join(message["role"] for message in marked)
+            raise TemplateError(
+                f"{error} but turns {roles} were to be written ({place}). Use roles that the chat template knows."
+            ) from error
+        return texts[0], [(int(start), int(end)) for start, end in blocks[0]] if self.marks_answers else []
+
+
 def render(
-    tokenizer: PreTrainedTokenizerBase,
-    template: str,
-    messages: Sequence[Message],
-    special: SpecialTokens,
-    *,
-    add_generation_prompt: bool,
-    place: str,
+    template: ChatTemplate, messages: Sequence[Message], special: SpecialTokens, *, add_generation_prompt: bool, place: str
 ) -> RenderedConversation:
     """Write a conversation with a chat template.
 
@@ -84,19 +122,23 @@ def render(
     marked = [{"role": message.role, "content": ""} for message in messages]
     for number, (turn, _) in enumerate(parts):
         marked[turn]["content"] += f"\ue000{number}\ue001"
-    text, blocks = _apply(tokenizer, template, marked, add_generation_prompt, place)
+    answers = [turn for turn, message in enumerate(messages) if message.role == "assistant"]
+    text, blocks = template.write(marked, add_generation_prompt, place)
+    if template.marks_answers:
+        starts = [_start_in_block(template, marked, turn, text, blocks, place) for turn in answers]
+    else:
+        prompts = [template.write(marked[:turn], True, place)[0] for turn in answers]
+        starts = [len(prompt) for prompt in prompts]
+        if not all(text.startswith(prompt) for prompt in prompts):
+            text, starts = _as_answered(template, marked, answers, prompts, text, place)
     marks = list(_MARK.finditer(text))
     if (found := [int(mark[1]) for mark in marks]) != list(range(len(parts))):
         raise TemplateError(
             f"parts {found} in the rendered text but parts 0 to {len(parts) - 1} in order were expected ({place}). "
             "Use a chat template that writes each turn's content once, unchanged."
         )
-    answers = [turn for turn, message in enumerate(messages) if message.role == "assistant"]
-    targets = []
-    for turn in answers:
-        own = [mark.span() for mark, (owner, _) in zip(marks, parts, strict=True) if owner == turn]
-        start = _answer_start(tokenizer, template, marked, turn, text, blocks, own[0][0], place)
-        targets.append((start, _end_of_turn(special, text, own[-1][1], blocks, place)))
+    last = {owner: mark.end() for mark, (owner, _) in zip(marks, parts, strict=True)}
+    targets = [(start, _end_of_turn(special, text, last[turn], blocks, place)) for turn, start in zip(answers, starts, strict=True)]
     return _fill_in(text, marks, [part for _, part in parts], targets)
 
 
@@ -119,48 +161,48 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, rendered: RenderedConversation,
     return result
 
 
-def _apply(
-    tokenizer: PreTrainedTokenizerBase, template: str, marked: list[dict[str, str]], add_generation_prompt: bool, place: str
-) -> tuple[str, list[Span]]:
-    blocks_known = _GENERATION.search(template) is not None
-    try:
-        texts, blocks = render_jinja_template(
-            conversations=[marked],
-            chat_template=template,
-            return_assistant_tokens_mask=blocks_known,
-            add_generation_prompt=add_generation_prompt,
-            **tokenizer.special_tokens_map,
-        )
-    except jinja2.TemplateError as error:
-        roles = ", ".join(message["role"] for message in marked)
-        raise TemplateError(f"{error} but turns {roles} were to be written ({place}). Use roles that the chat template knows.") from error
-    return texts[0], [(int(start), int(end)) for start, end in blocks[0]] if blocks_known else []
+def _start_in_block(template: ChatTemplate, marked: list[dict[str, str]], turn: int, text: str, blocks: list[Span], place: str) -> int:
+    first = _MARK.match(marked[turn]["content"])
+    assert first is not None, "every turn has a part"
+    at = text.find(first[0])
+    around = [start for start, end in blocks if start <= at < end]
+    if not around:
+        raise TemplateError(f"turn {turn + 1} outside of {{% generation %}} but answers inside were expected ({place}). Mend the template.")
+    if around[0] == at:
+        return at
+    prompt, _ = template.write(marked[:turn], True, place)  # the block may enclose what the prompt ends with
+    return len(prompt) if text.startswith(prompt) and around[0] <= len(prompt) <= at else around[0]
 
 
-def _answer_start(
-    tokenizer: PreTrainedTokenizerBase,
-    template: str,
-    marked: list[dict[str, str]],
-    turn: int,
-    text: str,
-    blocks: list[Span],
-    first: int,
-    place: str,
-) -> int:
-    if _GENERATION.search(template):
-        around = [start for start, end in blocks if start <= first < end]
-        if not around:
-            raise TemplateError(
-                f"turn {turn + 1} outside of {{% generation %}} but answers inside were expected ({place}). Mend the template."
-            )
-        return around[0]
-    prompt, _ = _apply(tokenizer, template, marked[:turn], True, place)
-    if not text.startswith(prompt):
+def _as_answered(
+    template: ChatTemplate, marked: list[dict[str, str]], answers: list[int], prompts: list[str], whole: str, place: str
+) -> tuple[str, list[int]]:
+    """The conversation put together from its prompts, and where each answer starts: every turn as it was when it was answered."""
+    text, starts, tail = "", [], ""  # tail: what stands behind the content of the last answer so far
+    for number, (turn, prompt) in enumerate(zip(answers, prompts, strict=True)):
+        text += prompt if not number else _continue(tail, prompt, marked, answers[number - 1], place)
+        answered, _ = template.write(marked[: turn + 1], False, place)
+        answer = _continue(_behind(prompt, marked[turn - 1]), answered, marked, turn - 1, place)
+        starts.append(len(text))
+        text += answer
+        tail = _behind(answer, marked[turn])
+    return text + _continue(tail, whole, marked, answers[-1], place), starts
+
+
+def _behind(text: str, turn: dict[str, str]) -> str:
+    """What the template wrote behind a turn's content."""
+    return text.rpartition(turn["content"])[2]
+
+
+def _continue(known: str, text: str, marked: list[dict[str, str]], turn: int, place: str) -> str:
+    """What follows `known` in a text behind the content of a turn."""
+    rest = _behind(text, marked[turn])
+    if not rest.startswith(known):
         raise TemplateError(
-            f"the prompt before turn {turn + 1} is {prompt[-60:]!r} but {text[: len(prompt)][-60:]!r} in the conversation ({place}). "
+            f"{known[-60:]!r} after turn {turn + 1} in one prompt but {rest[: len(known)][-60:]!r} in another ({place}). "
             "Mark answers in the chat template with {% generation %}."
         )
-    return len(prompt)
+    return rest[len(known) :]
 
 
 def _end_of_turn(special: SpecialTokens, text: str, last: int, blocks: list[Span], place: str) -> int:

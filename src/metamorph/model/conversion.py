@@ -34,7 +34,7 @@ CONFIG_CHOICES = (
     "visual_loss",
     "visual_loss_weight",
 )
-PROCESSOR_CHOICES = ("image_size", "image_mean", "image_std", "image_resample", "max_length", "chat_template")
+PROCESSOR_CHOICES = ("image_size", "image_mean", "image_std", "image_resample", "max_length", "chat_template", "template_variables")
 
 _RESAMPLE: dict[int, Resample] = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}  # PIL's numbers
 

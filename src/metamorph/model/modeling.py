@@ -128,8 +128,11 @@ class MetaMorph(PreTrainedModel):
         return self.vision_encoder(pixel_values)
 
     def project(self, visual_tokens: Float[Tensor, "... v"]) -> Float[Tensor, "... d"]:
-        """Visual tokens as the LLM reads them."""
-        return self.projector(visual_tokens)
+        """Visual tokens as embeddings of the LLM. What the projector writes is what the first layer reads, in every family."""
+        embeddings = self.projector(visual_tokens)
+        # Granite multiplies all that it reads inside, so that is undone here. Gemma's factor belongs to its embedding module: words only.
+        multiplier = getattr(self.language_model.config, "embedding_multiplier", None)
+        return embeddings / multiplier if multiplier else embeddings
 
     def predict_visual_tokens(self, hidden: Float[Tensor, "... d"], generator: Generator | None = None) -> Float[Tensor, "... v"]:
         """The visual tokens that follow states, float32, of norm 1 if visual tokens are."""

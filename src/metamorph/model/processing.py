@@ -20,7 +20,7 @@ from metamorph.errors import AlignmentError, CheckpointError, ContextLengthError
 from metamorph.media import Resample, open_image, preprocess
 from metamorph.messages import ImagePart, Message, validate_messages
 from metamorph.model.configuration import IMAGE_END_TOKEN, IMAGE_START_TOKEN, IMAGE_TOKEN
-from metamorph.model.conversation import SpecialTokens, render, tokenize
+from metamorph.model.conversation import ChatTemplate, SpecialTokens, render, tokenize
 
 
 class MetaMorphProcessor(ProcessorMixin):
@@ -35,6 +35,7 @@ class MetaMorphProcessor(ProcessorMixin):
         image_resample: filter for resizing; proportions are not kept.
         max_length: positions of the LLM's context; longer sequences are refused, never cut.
         chat_template: by default the tokenizer's own.
+        template_variables: for the chat template; thinking is off (`enable_thinking`) unless they say otherwise.
 
     Raises:
         CheckpointError: the tokenizer lacks the special tokens or cannot tell where tokens stand in the text.
@@ -51,6 +52,7 @@ class MetaMorphProcessor(ProcessorMixin):
         image_resample: Resample = "bicubic",
         max_length: int | None = None,
         chat_template: str | None = None,
+        template_variables: dict[str, Any] | None = None,
     ) -> None:
         super().__init__(tokenizer, chat_template=chat_template or tokenizer.chat_template)
         self.num_visual_tokens = num_visual_tokens
@@ -58,6 +60,7 @@ class MetaMorphProcessor(ProcessorMixin):
         self.image_mean, self.image_std = tuple(image_mean), tuple(image_std)
         self.image_resample: Resample = image_resample
         self.max_length = max_length
+        self.template_variables = dict(template_variables or {})
         if not tokenizer.is_fast:
             found = type(tokenizer).__name__
             raise CheckpointError(f"{found} but a fast tokenizer was expected (MetaMorphProcessor). Convert it to tokenizer.json.")
@@ -103,8 +106,7 @@ class MetaMorphProcessor(ProcessorMixin):
         """
         place = id or "messages"
         validate_messages(messages, place)
-        template = self._template()
-        rendered = render(self.tokenizer, template, messages, self._special, add_generation_prompt=add_generation_prompt, place=place)
+        rendered = render(self._template(), messages, self._special, add_generation_prompt=add_generation_prompt, place=place)
         tokens = tokenize(self.tokenizer, rendered, self._special, place)
         placeholder, copies = self.image_token_id, [1, self.num_visual_tokens]
         ids, labels = [], []
@@ -159,11 +161,11 @@ class MetaMorphProcessor(ProcessorMixin):
     def _id(self, token: str) -> int:
         return self.tokenizer.convert_tokens_to_ids(token)
 
-    def _template(self) -> str:
+    def _template(self) -> ChatTemplate:
         if not isinstance(self.chat_template, str):
             place = self.tokenizer.name_or_path or "tokenizer"
             raise TemplateError(f"no chat template but one was expected ({place}). Use an instruction-tuned LLM or give chat_template.")
-        return self.chat_template
+        return ChatTemplate(self.chat_template, {**self.tokenizer.special_tokens_map, **self.template_variables})
 
     def _check_length(self, positions: int, images: int, max_length: int | None, place: str) -> None:
         if max_length is not None and positions > max_length:
