@@ -167,14 +167,8 @@ def test_the_command_builds_a_model_that_loads(tmp_path, parts):
     assert (model.config.pooling, model.config.vision_head_type, model.config.visual_loss) == ("area", "linear", "mse")
 
 
-def test_trainer_of_transformers_trains_it(tmp_path, built):
-    """`forward(labels=...)` is all that other trainers need."""
-    from transformers import Trainer, TrainingArguments
-
-    model, processor = built
-    row = processor.encode([Message.user("a"), Message.assistant("b")])
-    before = model.projector.layers[0].weight.detach().clone()
-    arguments = TrainingArguments(tmp_path, max_steps=2, per_device_train_batch_size=2, report_to=[], use_cpu=True, save_strategy="no")
-    trainer = Trainer(model, arguments, train_dataset=[row] * 4, data_collator=lambda rows: pad(rows).model_inputs())
-    assert trainer.train().training_loss > 0
-    assert model.projector.layers[0].weight.shape == before.shape
+def test_the_encoder_is_frozen_also_after_loading(tmp_path, built):
+    built[0].save_pretrained(tmp_path)
+    for model in (built[0], MetaMorph.from_pretrained(tmp_path)):
+        trained = {name.split(".")[0] for name, parameter in model.named_parameters() if parameter.requires_grad}
+        assert trained == {"language_model", "projector", "vision_head"}

@@ -36,6 +36,7 @@ def load_checkpoint(load: Callable[..., Any], path: str | Path, *args: Any, outp
     _check_complete(model, sorted(report["missing_keys"]), path)
     if model.config.vision_encoder_path is not None:
         _load_encoder(model, Path(path))
+    model.vision_encoder.requires_grad_(False)  # transformers makes new parameters while it loads, and all of them train
     _load_generation_config(model, path)
     return (model, report) if output_loading_info else model
 
