@@ -40,9 +40,13 @@ def packed() -> dict:
     return {"input_ids": ids, "attention_mask": mask, "document_lengths": LENGTHS}
 
 
-@pytest.mark.parametrize("family", [LlamaConfig, Qwen2Config, MistralConfig])
-def test_each_document_of_a_pack_is_as_if_alone(family):
-    model = make(family(**SIZES, initializer_range=0.3))
+WINDOWED = MistralConfig(**SIZES, initializer_range=0.3, sliding_window=4)  # shorter than most documents
+CONFIGS = [family(**SIZES, initializer_range=0.3) for family in (LlamaConfig, Qwen2Config, MistralConfig)]
+
+
+@pytest.mark.parametrize("config", [*CONFIGS, WINDOWED, MistralConfig(**SIZES, initializer_range=0.3, sliding_window=9)])
+def test_each_document_of_a_pack_is_as_if_alone(config):
+    model = make(config)
     batch = packed()
     logits = model(**batch).logits[batch["attention_mask"]]
     alone = torch.cat([model(document[None]).logits[0] for document in documents()])
@@ -92,9 +96,10 @@ def test_lengths_that_do_not_fit_are_refused_with_both_numbers():
 
 
 def test_what_cannot_be_packed_is_refused():
-    windowed = make(MistralConfig(**SIZES, sliding_window=4))
-    with pytest.raises(ConfigError, match="a document of 9 positions but a sliding window of 4"):
-        windowed(**packed())
+    chunked = make()
+    chunked.get_decoder().config.layer_types = ["chunked_attention", "full_attention"]
+    with pytest.raises(ConfigError, match="layers of chunked_attention but packing knows full and sliding attention"):
+        chunked(**packed())
     eager = make()
     eager.language_model.set_attn_implementation("eager")
     with pytest.raises(ConfigError, match="attention 'eager' but packed rows need"):
@@ -103,9 +108,10 @@ def test_what_cannot_be_packed_is_refused():
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("config", [None, WINDOWED])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_on_cuda_a_pack_is_as_its_documents(dtype):
-    model = make().to("cuda", dtype)
+def test_on_cuda_a_pack_is_as_its_documents(dtype, config):
+    model = make(config).to("cuda", dtype)
     batch = {name: value.cuda() if isinstance(value, torch.Tensor) else value for name, value in packed().items()}
     logits = model(**batch).logits[batch["attention_mask"]]
     alone = torch.cat([model(document[None].cuda()).logits[0] for document in documents()])

@@ -21,6 +21,7 @@ from metamorph.batch import DocumentLengths
 from metamorph.errors import AlignmentError, ConfigError
 
 PACKED_ATTENTION = "metamorph_packed"
+_REMEDY = "Use padded batches for this model."
 
 
 def packed_attention(
@@ -36,40 +37,50 @@ def packed_attention(
     max_length_q: int | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Attend inside each document if `cu_seq_lens_q` is given, else as SDPA does.
+    """Attend inside each document if `cu_seq_lens_q` is given, over at most `sliding_window` positions, else as SDPA does.
 
     Raises:
-        ConfigError: a document is longer than the model's sliding window, or the model caps its attention scores.
+        ConfigError: the model caps its attention scores.
     """
     if cu_seq_lens_q is None:
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, sliding_window=sliding_window, **kwargs
         )
+    if kwargs.get("softcap") is not None:
+        place = type(module).__name__
+        raise ConfigError(f"capped attention scores but packing expects plain ones ({place}). {_REMEDY}")
     longest = int(cu_seq_lens_q.diff().max()) if max_length_q is None else max_length_q
-    _check_supported(module, longest, sliding_window, kwargs.get("softcap"))
     repeats = query.shape[1] // key.shape[1]
     key, value = repeat_kv(key, repeats), repeat_kv(value, repeats)
     attend = _variable_length if _has_kernel(query, dropout) else _per_document
-    return attend(query, key, value, cu_seq_lens_q, longest, dropout, scaling), None
+    return attend(query, key, value, cu_seq_lens_q, longest, dropout, scaling, sliding_window), None
 
 
 def _per_document(
-    query: Tensor, key: Tensor, value: Tensor, offsets: Tensor, longest: int, dropout: float, scaling: float | None
+    query: Tensor, key: Tensor, value: Tensor, offsets: Tensor, longest: int, dropout: float, scaling: float | None, window: int | None
 ) -> Tensor:
     lengths = offsets.diff().tolist()
     parts = zip(*(x.split(lengths, dim=2) for x in (query, key, value)), strict=True)
-    outputs = [scaled_dot_product_attention(q, k, v, dropout_p=dropout, scale=scaling, is_causal=True) for q, k, v in parts]
+    outputs = [_attend_causally(q, k, v, dropout, scaling, window) for q, k, v in parts]
     return torch.cat(outputs, dim=2).transpose(1, 2).contiguous()
 
 
+def _attend_causally(query: Tensor, key: Tensor, value: Tensor, dropout: float, scaling: float | None, window: int | None) -> Tensor:
+    length = query.shape[2]
+    if window is None or length <= window:
+        return scaled_dot_product_attention(query, key, value, dropout_p=dropout, scale=scaling, is_causal=True)
+    near = torch.ones(length, length, dtype=torch.bool, device=query.device).tril().triu(1 - window)  # itself and window - 1 before it
+    return scaled_dot_product_attention(query, key, value, attn_mask=near, dropout_p=dropout, scale=scaling)
+
+
 def _variable_length(
-    query: Tensor, key: Tensor, value: Tensor, offsets: Tensor, longest: int, dropout: float, scaling: float | None
+    query: Tensor, key: Tensor, value: Tensor, offsets: Tensor, longest: int, dropout: float, scaling: float | None, window: int | None
 ) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn  # CUDA only
 
     rows = (x[0].transpose(0, 1).contiguous() for x in (query, key, value))  # s heads width
     offsets = offsets.to(device=query.device, dtype=torch.int32)
-    output = varlen_attn(*rows, offsets, offsets, longest, longest, scale=scaling, window_size=(-1, 0))
+    output = varlen_attn(*rows, offsets, offsets, longest, longest, scale=scaling, window_size=(-1 if window is None else window - 1, 0))
     assert isinstance(output, Tensor)
     return output.unsqueeze(0)
 
@@ -83,16 +94,6 @@ def _has_kernel(query: Tensor, dropout: float) -> bool:
     )
 
 
-def _check_supported(module: nn.Module, longest: int, sliding_window: int | None, softcap: float | None) -> None:
-    place = type(module).__name__
-    if sliding_window is not None and longest > sliding_window:
-        raise ConfigError(
-            f"a document of {longest} positions but a sliding window of {sliding_window} ({place}). Use padded batches for this model."
-        )
-    if softcap is not None:
-        raise ConfigError(f"capped attention scores but packing expects plain ones ({place}). Use padded batches for this model.")
-
-
 def run_packed(
     decoder: PreTrainedModel,
     embeddings: Float[Tensor, "b t d"],
@@ -104,13 +105,17 @@ def run_packed(
 
     Raises:
         AlignmentError: document lengths and real positions disagree.
-        ConfigError: the LLM's attention cannot be replaced.
+        ConfigError: the LLM's attention cannot be replaced, or is of a kind that packing does not know.
     """
     implementation = decoder.config._attn_implementation
     if implementation != PACKED_ATTENTION and "flash" not in str(implementation):
         raise ConfigError(
             f"attention {implementation!r} but packed rows need {PACKED_ATTENTION!r} or flash attention ({type(decoder).__name__}). "
-            "Use padded batches."
+            f"{_REMEDY}"
+        )
+    if other := sorted(set(getattr(decoder.config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}):
+        raise ConfigError(
+            f"layers of {', '.join(other)} but packing knows full and sliding attention ({type(decoder).__name__}). {_REMEDY}"
         )
     given, real = [sum(row) for row in document_lengths], attention_mask.sum(dim=1).tolist()
     if given != real:
