@@ -18,6 +18,7 @@ from transformers.utils import cached_file
 from metamorph.errors import CheckpointError, ConfigError
 from metamorph.media import Resample
 from metamorph.model.attention import PACKED_ATTENTION
+from metamorph.model.checks import check_encoder, check_language_model, check_reading
 from metamorph.model.configuration import IMAGE_END_TOKEN, IMAGE_START_TOKEN, IMAGE_TOKEN, MetaMorphConfig
 from metamorph.model.modeling import MetaMorph
 from metamorph.model.processing import MetaMorphProcessor, check_template
@@ -55,7 +56,8 @@ def initialize(llm: str | Path, vision: str | Path, *, seed: int = 0, **choices:
     `choices` are settings of the config (`num_visual_tokens`, `pooling`, ...) or of the processor (`image_size`, `chat_template`, ...).
 
     Raises:
-        ConfigError: an unknown setting, with the nearest name.
+        ConfigError: an unknown setting, with the nearest name; or a model that cannot be joined, such as an encoder without patches.
+        AlignmentError: the encoder keeps fewer states than patches.
         CheckpointError: a checkpoint is incomplete, or not in safetensors.
         TemplateError: the LLM's chat template does not show what the assistant says.
     """
@@ -64,6 +66,7 @@ def initialize(llm: str | Path, vision: str | Path, *, seed: int = 0, **choices:
         nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
         raise ConfigError(f"setting {name!r} but one of {', '.join(known)} was expected (initialize). Did you mean {nearest!r}?")
     tokenizer, language_model = load_language_model(llm)
+    check_language_model(language_model)
     encoder = load_vision_model(vision)
     ids = add_image_tokens(language_model, tokenizer)
     config = MetaMorphConfig(
@@ -80,6 +83,8 @@ def initialize(llm: str | Path, vision: str | Path, *, seed: int = 0, **choices:
     end_of_turn = check_template(processor)
     model = _assemble(config, language_model, encoder, seed)
     model.generation_config.eos_token_id = _with_end_of_turn(model.generation_config.eos_token_id, end_of_turn)
+    check_reading(model)
+    check_encoder(model, processor.image_size)
     return model, processor
 
 

@@ -22,11 +22,20 @@ MIN_NORM = 1e-12
 
 
 class VisionEncoder(nn.Module):
-    """A frozen Hugging Face vision encoder and the steps from its states to visual tokens."""
+    """A frozen Hugging Face vision encoder and the steps from its states to visual tokens.
+
+    Raises:
+        ConfigError: the encoder has no grid of patches.
+    """
 
     def __init__(self, config: MetaMorphConfig) -> None:
         super().__init__()
         self.config = config
+        if missing := [name for name in ("patch_size", "hidden_size") if getattr(config.vision_config, name, None) is None]:
+            raise ConfigError(
+                f"no {' and no '.join(missing)} in {type(config.vision_config).__name__} but an encoder with patches was expected "
+                "(vision encoder). Use a vision transformer such as SigLIP, CLIP or DINOv2."
+            )
         self.encoder: PreTrainedModel = AutoModel.from_config(config.vision_config)
         self.encoder.requires_grad_(False)
 
@@ -104,7 +113,9 @@ class VisionEncoder(nn.Module):
 
 
 def flat_patches(images: Float[Tensor, "n 3 h w"], patch: int) -> Float[Tensor, "n p values"]:
-    """Cut images into patches, raster order, each flattened as height, width, channel."""
+    """Cut images into patches, raster order, each flattened as height, width, channel; pixels beyond the last whole patch are left out."""
+    rows, columns = (side // patch for side in images.shape[-2:])
+    images = images[..., : rows * patch, : columns * patch]
     blocks = images.unflatten(3, (-1, patch)).unflatten(2, (-1, patch))  # n 3 rows patch columns patch
     return blocks.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
 
