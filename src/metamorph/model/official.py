@@ -219,9 +219,7 @@ def _check_tensors(config: MetaMorphConfig, tensors: Mapping[str, Tensor], direc
     if missing or unknown:
         sample = (missing or unknown)[0]
         found = f"{len(missing)} tensors absent and {len(unknown)} unknown, such as {sample} (our name),"
-        raise CheckpointError(
-            f"{found} but the weights of the whole model were expected ({directory}). Do config.json and weights belong together?"
-        )
+        raise CheckpointError(f"{found} but the weights of the whole model were expected ({directory}). {_TOGETHER}")
     for name, shape in expected.items():
         if tuple(tensors[name].shape) != shape:
             raise CheckpointError(f"{name} of shape {tuple(tensors[name].shape)} but {shape} was expected ({directory}). {_TOGETHER}")
