@@ -21,9 +21,8 @@ def sd15_decoder() -> RunConfig:
                 source="metamorph.training.images.image_batches",
                 kwargs={
                     "source": "metamorph.training.assembly.jsonl_source",
-                    "kwargs": {"path": "data/images.jsonl"},
+                    "kwargs": {"path": "data/images.jsonl", "needs_answer": False},
                     "image_size": 512,
-                    "encoder_size": 384,
                 },
             ),
         ),

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import fields, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Float
+from PIL.Image import Image
+from torch import Tensor
 
 from metamorph.batch import Batch
 from metamorph.data.collate import pack, pad
@@ -17,13 +22,12 @@ from metamorph.data.readers import JsonlSource
 from metamorph.data.stream import BatchStream, ExampleEncoder
 from metamorph.errors import CheckpointError, ConfigError
 from metamorph.losses import LossTerm
+from metamorph.messages import ImagePart
 from metamorph.training.config import DataConfig, DecoderConfig, ModelConfig, SourceConfig, TrainingConfig, unknown_name
 from metamorph.training.device import rank, world_size
 from metamorph.training.encoder_cache import CachingEncode, EncoderCache, encoder_fingerprint
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from metamorph.decoder import DecoderModel, DecoderStream
     from metamorph.model.configuration import MetaMorphConfig
     from metamorph.model.modeling import MetaMorph
@@ -103,21 +107,32 @@ def build_cache(data: DataConfig, model: MetaMorph) -> EncoderCache | None:
     settings = {name: getattr(model.config, name) for name in names} | {"vision": model.config.vision_config.to_dict()}
     directory = None if data.cache_dir is None else Path(data.cache_dir)
     return EncoderCache(
-        _encode_on_cpu(model), encoder_fingerprint(model.vision_encoder, settings), capacity=data.cached_images, directory=directory
+        TokenEncoder(model), encoder_fingerprint(model.vision_encoder, settings), capacity=data.cached_images, directory=directory
     )
 
 
-def _encode_on_cpu(model: MetaMorph) -> Callable[[Tensor], Tensor]:
-    """Pixels -> visual tokens, both on the CPU, where batches are made; in between they are wherever the encoder is by then."""
+@dataclass(frozen=True)
+class TokenEncoder:
+    """A frozen model's way from pixels to visual tokens, both on the CPU, where batches are made; in between they are where the encoder is.
 
-    def encode(pixels: Tensor) -> Tensor:
-        return model.encode_images(pixels.to(next(model.vision_encoder.parameters()).device)).cpu()
+    `prepare`, where there is a processor, makes the pixels of an image, with the size, filter and scale that the encoder was trained on.
+    """
 
-    return encode
+    model: MetaMorph
+    processor: MetaMorphProcessor | None = None
+
+    def __call__(self, pixels: Float[Tensor, "n 3 h w"]) -> Float[Tensor, "n k v"]:
+        """Visual tokens."""
+        return self.model.encode_images(pixels.to(next(self.model.vision_encoder.parameters()).device)).cpu()
+
+    def prepare(self, image: Image) -> Float[Tensor, "3 h w"]:
+        """Pixels as the encoder reads them."""
+        assert self.processor is not None, "only pixels that are ready can be encoded without a processor"
+        return torch.from_numpy(self.processor.prepare_image(ImagePart(image)))
 
 
-def build_decoder(config: DecoderConfig) -> tuple[DecoderModel, MetaMorph]:
-    """The decoder at its start, and the model whose visual tokens condition it.
+def build_decoder(config: DecoderConfig) -> tuple[DecoderModel, TokenEncoder]:
+    """The decoder at its start, and the encoder whose visual tokens condition it.
 
     Raises:
         CheckpointError: one of them is not there.
@@ -125,8 +140,8 @@ def build_decoder(config: DecoderConfig) -> tuple[DecoderModel, MetaMorph]:
     """
     from metamorph.model.conversion import load
 
-    model, _ = load(config.encoder)
-    return start_decoder(config, model.config), model.eval()
+    model, processor = load(config.encoder)
+    return start_decoder(config, model.config), TokenEncoder(model.eval(), processor)
 
 
 def start_decoder(config: DecoderConfig, encoder: MetaMorphConfig, *, weights: bool = True) -> DecoderModel:
@@ -136,8 +151,6 @@ def start_decoder(config: DecoderConfig, encoder: MetaMorphConfig, *, weights: b
         CheckpointError: the base is not there.
         ConfigError: a setting is unknown, or the parts do not fit together.
     """
-    import torch
-
     from metamorph.decoder import DecoderModel, Objective, from_base, from_pretrained_diffusion
     from metamorph.decoder.library import UNet2DConditionModel
     from metamorph.decoder.parts import load_module
@@ -162,7 +175,7 @@ def start_decoder(config: DecoderConfig, encoder: MetaMorphConfig, *, weights: b
     return decoder
 
 
-def build_decoder_stream(config: DecoderConfig, training: TrainingConfig, encoder: MetaMorph) -> DecoderStream:
+def build_decoder_stream(config: DecoderConfig, training: TrainingConfig, encoder: TokenEncoder) -> DecoderStream:
     """This process's share of the decoder's batches: pixels, and the visual tokens of the frozen encoder.
 
     Raises:
@@ -175,19 +188,21 @@ def build_decoder_stream(config: DecoderConfig, training: TrainingConfig, encode
     if share % micro or training.batch_size % world_size():
         sizes = f"batch_size {training.batch_size}, {world_size()} processes and micro_batch_size {training.micro_batch_size}"
         raise ConfigError(f"{sizes} but they must divide (decoder). Choose multiples.")
-    call = partial(_call, config.batches, encode=_encode_on_cpu(encoder), size=micro)
+    call = partial(_call, config.batches, encode=encoder, size=micro)
     parts = share // micro
     makers = [call(seed=(training.seed * world_size() + rank()) * parts + part) for part in range(parts)]
     return DecoderStream(lambda step: [make(step) for make in makers])
 
 
-def jsonl_source(path: str, root: str | None = None, name: str = "") -> ExampleSource:
+def jsonl_source(path: str, root: str | None = None, name: str = "", needs_answer: bool = True) -> ExampleSource:
     """A file of records, for settings: images are relative to `root`, by default the file's folder.
+
+    `needs_answer` off takes records in which nobody answers, such as lone images for the decoder.
 
     Raises:
         RecordError: there is no such file.
     """
-    return JsonlSource(Path(path), root=None if root is None else Path(root), name=name)
+    return JsonlSource(Path(path), root=None if root is None else Path(root), name=name, needs_answer=needs_answer)
 
 
 def load_source(config: SourceConfig) -> ExampleSource:

@@ -1,7 +1,4 @@
-"""Images of ordinary example sources as batches for the decoder.
-
-Axes: n images, k visual tokens per image, v vision width, h and w pixels.
-"""
+"""Images of ordinary example sources as batches for the decoder."""
 
 from __future__ import annotations
 
@@ -9,13 +6,11 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
-from jaxtyping import Float
-from torch import Tensor
 
 from metamorph.data.mixture import shuffled
 from metamorph.errors import MediaError
 from metamorph.media import open_image, preprocess
-from metamorph.training.assembly import load_source
+from metamorph.training.assembly import TokenEncoder, load_source
 from metamorph.training.config import SourceConfig
 
 if TYPE_CHECKING:
@@ -23,25 +18,23 @@ if TYPE_CHECKING:
 
 
 def image_batches(
-    encode: Callable[[Tensor], Float[Tensor, "n k v"]],
+    encode: TokenEncoder,
     size: int,
     seed: int,
     *,
     source: str,
     kwargs: dict[str, Any],
     image_size: int,
-    encoder_size: int,
 ) -> Callable[[int], DecoderBatch]:
     """From a step's number to its batch: the first image of each example, without its words, in shuffled passes over the source.
 
     Args:
-        encode: the frozen encoder, for pixels between -1 and 1.
+        encode: the frozen encoder, which reads each image as its own processor prepares it.
         size: images per batch.
         seed: of the order and the noise.
         source: dotted path of a function that returns an ExampleSource.
         kwargs: its arguments.
         image_size: side of what the decoder draws.
-        encoder_size: side of what the encoder reads.
     """
     from metamorph.decoder.batches import DecoderBatch, image_seeds
 
@@ -58,7 +51,7 @@ def image_batches(
                 raise MediaError(f"0 images but at least 1 is needed ({example.id}). Leave examples without images out of the source.")
             image = open_image(parts[0])
             drawn.append(torch.from_numpy(preprocess(image, (image_size, image_size), half, half)))
-            read.append(torch.from_numpy(preprocess(image, (encoder_size, encoder_size), half, half)))
+            read.append(encode.prepare(image))
         ids = tuple(example.id for example in chosen)
         return DecoderBatch(pixels=torch.stack(drawn), seeds=image_seeds(seed, step, size), tokens=encode(torch.stack(read)), ids=ids)
 

@@ -136,9 +136,9 @@ def _run_decoder(config, results, train_stage, evaluators, on_stage, tracker) ->
     for number, stage in enumerate(config.stages):
         model, encoder = build_decoder(config.decoder)
         if number == 0 and on_stage is not None:
-            on_stage("start", model.eval(), encoder)
+            on_stage("start", model.eval(), encoder.model)
         select_trainable(model, stage.train, stage.freeze)
-        encoder.vision_encoder.to(pick_device(stage.training.device))  # its language model stays where it is: nothing asks it
+        encoder.model.vision_encoder.to(pick_device(stage.training.device))  # its language model stays where it is: nothing asks it
         companions = {"ema": WeightAverage(model, config.decoder.ema_decay)} if config.decoder.ema_decay else {}
         result = train_stage(
             decoder_step,
@@ -146,7 +146,7 @@ def _run_decoder(config, results, train_stage, evaluators, on_stage, tracker) ->
             build_decoder_stream(config.decoder, stage.training, encoder),
             stage.training,
             stage=stage.name,
-            evaluators={name: partial(_evaluate, evaluator, encoder) for name, evaluator in evaluators.items()},
+            evaluators={name: partial(_evaluate, evaluator, encoder.model) for name, evaluator in evaluators.items()},
             tracker=tracker(stage) if tracker else None,
             companions=companions,
             start=start,
@@ -155,7 +155,7 @@ def _run_decoder(config, results, train_stage, evaluators, on_stage, tracker) ->
         for average in companions.values():
             average.copy_to(model)
         if on_stage is not None:
-            on_stage(stage.name, model.eval(), encoder)
+            on_stage(stage.name, model.eval(), encoder.model)
         if number == len(config.stages) - 1:
             whole = _whole_state(model)
             if rank() == 0:
