@@ -197,3 +197,16 @@ def check_image_counts(
         raise AlignmentError(
             f"{positions} image positions but {n} images x {visual_tokens.shape[1]} visual tokens ({place}). Was the sequence cut?"
         )
+
+
+def check_labels(labels: Tensor | None, visual_targets: Bool[Tensor, " n"] | None, training: bool) -> None:
+    """Refuse to train on images to be predicted without labels: no loss would be computed here, and the vision head would not learn.
+
+    Raises:
+        AlignmentError: a trainer took the labels out, to compute a loss of its own from the text's logits.
+    """
+    if training and labels is None and visual_targets is not None and torch.is_grad_enabled() and bool(visual_targets.any()):
+        raise AlignmentError(
+            f"{int(visual_targets.sum())} images to predict but no labels (MetaMorph.forward in training). "
+            "Let the trainer use the loss that the model returns (docs/ecosystem.md)."
+        )

@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from tests.integration.trainer_script import measure
+from tests.integration.trainer_script import measure, sequences, with_sft_trainer
 from tests.tiny import save_parts
 
-from metamorph.model import initialize
+from metamorph.errors import AlignmentError
+from metamorph.model import initialize, load
 
 ROOT = Path(__file__).parents[2]
 
@@ -50,6 +51,26 @@ def launch(mode: str, model_dir: Path, out: Path, processes: int) -> None:
 def test_trainer_computes_what_our_loop_computes(model_dir, tmp_path, processes):
     """Rows of other numbers of targets in every micro-batch, some without an image to draw and one without any image."""
     theirs, ours = (run(mode, model_dir, tmp_path / mode, processes) for mode in ("trainer", "loop"))
+    same_training(theirs, ours)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")  # TRL's own
+def test_sft_trainer_computes_it_with_the_models_loss(model_dir, tmp_path):
+    pytest.importorskip("trl")
+    theirs, ours = (run(mode, model_dir, tmp_path / mode, 1) for mode in ("sft", "loop"))
+    same_training(theirs, ours)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
+def test_sft_trainer_as_it_is_is_refused(model_dir, tmp_path):
+    """It computes a loss of its own, from the text alone."""
+    pytest.importorskip("trl")
+    model, processor = load(model_dir)
+    with pytest.raises(AlignmentError, match="images to predict but no labels"):
+        with_sft_trainer(model, sequences(processor), tmp_path, own_loss=False)
+
+
+def same_training(theirs: dict, ours: dict) -> None:
     assert theirs.keys() == ours.keys()
     assert len(theirs["losses"]) == 2
     assert theirs["losses"] == pytest.approx(ours["losses"], rel=1e-6)  # in particular not times the number of processes

@@ -70,27 +70,54 @@ def whole(tensor: Tensor) -> Tensor:
     return (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).clone().contiguous()
 
 
+ARGUMENTS = {
+    "max_steps": STEPS,
+    "per_device_train_batch_size": ROWS,
+    "gradient_accumulation_steps": ACCUMULATION,
+    "train_sampling_strategy": "sequential",
+    "learning_rate": RATE,
+    "lr_scheduler_type": "constant",
+    "weight_decay": 0.0,
+    "max_grad_norm": 0.0,
+    "logging_steps": 1,
+    "report_to": [],
+    "save_strategy": "no",
+    "use_cpu": True,
+    "disable_tqdm": True,
+    "ddp_find_unused_parameters": False,  # the model promises a path to every parameter
+}
+
+
 def with_trainer(model: MetaMorph, rows: list[TokenSequence], out: Path) -> list[float]:
     from transformers import Trainer, TrainingArguments
 
-    arguments = TrainingArguments(
-        str(out / "run"),
-        max_steps=STEPS,
-        per_device_train_batch_size=ROWS,
-        gradient_accumulation_steps=ACCUMULATION,
-        train_sampling_strategy="sequential",
-        learning_rate=RATE,
-        lr_scheduler_type="constant",
-        weight_decay=0.0,
-        max_grad_norm=0.0,
-        logging_steps=1,
-        report_to=[],
-        save_strategy="no",
-        use_cpu=True,
-        disable_tqdm=True,
-        ddp_find_unused_parameters=False,  # the model promises a path to every parameter
+    arguments = TrainingArguments(str(out / "run"), **ARGUMENTS)
+    return logged(Trainer(model, arguments, train_dataset=rows, data_collator=lambda rows: pad(rows).model_inputs()))  # pyright: ignore
+
+
+def with_sft_trainer(model: MetaMorph, rows: list[TokenSequence], out: Path, own_loss: bool = True) -> list[float]:
+    """TRL's trainer, with the model's own loss as in examples/trl_sft.py, or as it is."""
+    from datasets import Dataset
+    from transformers import Trainer
+    from trl import SFTConfig, SFTTrainer
+
+    class VPiTTrainer(SFTTrainer):
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            return Trainer.compute_loss(self, model, inputs, return_outputs, num_items_in_batch)
+
+    more = {"dataset_kwargs": {"skip_prepare_dataset": True}, "remove_unused_columns": False, "bf16": False, "max_length": None}
+    return logged(
+        (VPiTTrainer if own_loss else SFTTrainer)(
+            model,
+            SFTConfig(str(out / "run"), **ARGUMENTS, **more),
+            train_dataset=Dataset.from_dict({"number": list(range(len(rows)))}),
+            data_collator=lambda batch: pad([rows[row["number"]] for row in batch]).model_inputs(),
+            processing_class=MetaMorphProcessor.from_pretrained(model.name_or_path),
+        )
     )
-    trainer = Trainer(model, arguments, train_dataset=rows, data_collator=lambda rows: pad(rows).model_inputs())  # pyright: ignore
+
+
+def logged(trainer) -> list[float]:
     trainer.train()
     return [row["loss"] for row in trainer.state.log_history if "loss" in row]
 
@@ -128,7 +155,7 @@ def measure(mode: str, directory: Path, out: Path) -> None:
     with processes(pick_device("cpu")):
         hook = register_optimizer_step_pre_hook(keep_gradients)
         try:
-            losses = {"trainer": with_trainer, "loop": with_our_loop}[mode](model, sequences(processor), out)
+            losses = {"trainer": with_trainer, "sft": with_sft_trainer, "loop": with_our_loop}[mode](model, sequences(processor), out)
         finally:
             hook.remove()
         tensors |= {f"weight {name}": whole(model.get_parameter(name)) for name in trained}

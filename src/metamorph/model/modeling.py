@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, Cache, PreTrainedModel
 from transformers import initialization as init
 from transformers.utils.generic import ModelOutput
 
-from metamorph.batch import IGNORE_INDEX, Batch, DocumentLengths, check_image_counts, predictable
+from metamorph.batch import IGNORE_INDEX, Batch, DocumentLengths, check_image_counts, check_labels, predictable
 from metamorph.errors import AlignmentError
 from metamorph.losses import LossTerm, text_cross_entropy
 from metamorph.model.attention import PACKED_ATTENTION, position_ids_of, run_packed
@@ -193,12 +193,13 @@ class MetaMorph(PreTrainedModel):
         `hide_drawn_tokens`.
 
         Raises:
-            AlignmentError: positions, images and visual tokens do not fit, or there are labels and images but no `visual_targets`.
+            AlignmentError: positions, images and visual tokens do not fit, or labels or `visual_targets` are missing.
         """
         kwargs = {name: value for name, value in kwargs.items() if value is not None}  # PEFT names all that a causal LM may take
         is_visual = self._find_visual(input_ids) if is_visual is None else is_visual
         from_pixels = _default_from_pixels(pixel_values, visual_tokens, is_visual) if from_pixels is None else from_pixels
         check_image_counts(is_visual, pixel_values, visual_tokens, from_pixels, "MetaMorph.forward")
+        check_labels(labels, visual_targets, self.training)
         tokens = self.gather_visual_tokens(pixel_values, visual_tokens, from_pixels)
         hide = drawn_token_dropout > 0 and tokens is not None and visual_targets is not None
         shown = hide_drawn_tokens(tokens, visual_targets, drawn_token_dropout) if hide else tokens
