@@ -21,10 +21,11 @@ from transformers import DynamicCache
 
 from metamorph.batch import IGNORE_INDEX, Batch, TokenSequence
 from metamorph.errors import ConfigError, ContextLengthError
+from metamorph.model.cache import fork_cache, new_cache
 from metamorph.model.events import Answer, Event, EventWriter
 from metamorph.model.modeling import MetaMorph
 from metamorph.model.sampling import choose_tokens
-from metamorph.model.state import DecodingOptions, FinishReason, GenerationState, Slot, Vocabulary, drop_finished, fork_cache, join
+from metamorph.model.state import DecodingOptions, FinishReason, GenerationState, Slot, Vocabulary, drop_finished, join
 
 if TYPE_CHECKING:
     from metamorph.model.processing import MetaMorphProcessor
@@ -130,7 +131,7 @@ def prefill(
     batch = left_pad(prompts).to(model.device)
     tokens = model.gather_visual_tokens(batch.pixel_values, batch.visual_tokens, batch.from_pixels)
     embeddings = model.embed(batch.input_ids, tokens, batch.is_visual)
-    cache = DynamicCache()  # without a config: every layer keeps all positions, so that rows may join; sliding windows are masked
+    cache = new_cache()
     hidden = _run_decoder(model, embeddings, batch.attention_mask, batch.position_ids, cache)
     return GenerationState(slots=tuple(slots), vocabulary=vocabulary, hidden=hidden, attention_mask=batch.attention_mask, cache=cache)
 

@@ -10,7 +10,6 @@ Axes: b rows, t cached positions (left-padded: every row ends at the last column
 
 from __future__ import annotations
 
-import copy
 import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -23,6 +22,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from metamorph.errors import ConfigError
+from metamorph.model.cache import layers_of, with_layers
 
 Mode = Literal["text", "image", "image_end"]
 """What a row says next: a text token; a visual token; or, after the last visual token, what follows an image."""
@@ -196,14 +196,14 @@ def join(first: GenerationState, second: GenerationState) -> GenerationState:
             torch.cat([F.pad(pair[side], (0, 0, pad, 0)) for pair, pad in zip(pairs, pads, strict=True)])
             for side in (0, 1)  # keys, values "b heads t width"
         )
-        for pairs in zip(_layers(first.cache), _layers(second.cache), strict=True)
+        for pairs in zip(layers_of(first.cache), layers_of(second.cache), strict=True)
     ]
     return GenerationState(
         slots=first.slots + second.slots,
         vocabulary=first.vocabulary,
         hidden=torch.cat([first.hidden, second.hidden]),
         attention_mask=torch.cat([F.pad(state.attention_mask, (pad, 0)) for state, pad in states]),
-        cache=_with_layers(first.cache, layers),
+        cache=with_layers(first.cache, layers),
     )
 
 
@@ -213,13 +213,13 @@ def keep_rows(state: GenerationState, rows: Sequence[int]) -> GenerationState:
     mask = state.attention_mask[index]
     used = mask.any(dim=0)
     first_column = int(used.int().argmax()) if len(rows) else mask.shape[1]
-    layers = [(keys[index, :, first_column:], values[index, :, first_column:]) for keys, values in _layers(state.cache)]
+    layers = [(keys[index, :, first_column:], values[index, :, first_column:]) for keys, values in layers_of(state.cache)]
     return replace(
         state,
         slots=tuple(state.slots[row] for row in rows),
         hidden=state.hidden[index],
         attention_mask=mask[:, first_column:],
-        cache=_with_layers(state.cache, layers),
+        cache=with_layers(state.cache, layers),
     )
 
 
@@ -227,21 +227,3 @@ def drop_finished(state: GenerationState) -> GenerationState:
     """The state without the rows that have finished; the same object if there are none."""
     rows = [row for row, slot in enumerate(state.slots) if slot.finished is None]
     return state if len(rows) == len(state) else keep_rows(state, rows)
-
-
-def fork_cache(cache: DynamicCache) -> DynamicCache:
-    """A cache that may grow without the other seeing it. The tensors are shared: growing makes new ones."""
-    return _with_layers(cache, _layers(cache))
-
-
-def _layers(cache: DynamicCache) -> list[tuple[Tensor, Tensor]]:
-    pairs = [(layer.keys, layer.values) for layer in cache.layers]
-    return [(keys, values) for keys, values in pairs if keys is not None and values is not None]
-
-
-def _with_layers(cache: DynamicCache, layers: Sequence[tuple[Tensor, ...]]) -> DynamicCache:
-    result = copy.copy(cache)
-    result.layers = [copy.copy(layer) for layer in cache.layers]
-    for layer, (keys, values) in zip(result.layers, layers, strict=True):
-        layer.keys, layer.values = keys, values
-    return result
