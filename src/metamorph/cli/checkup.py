@@ -266,7 +266,8 @@ def check_uses(found: Sequence[Finding]) -> Iterator[Finding]:
         missing += [Finding(group, other, "bad", "not checked") for group, other in needs if (group, other) not in by_name]
         if not missing:
             return Finding("uses", name, "ok", said)
-        fixes = " && ".join(dict.fromkeys(one.fix for one in missing if one.fix.startswith("python")))
+        causes = [one for one in found if one.group == "versions" or one.name == "decoder"]  # why a picture could not be drawn
+        fixes = " && ".join(dict.fromkeys(one.fix for one in [*causes, *missing] if one.status != "ok" and one.fix.startswith("python")))
         return Finding("uses", name, "bad", "; ".join(f"{one.name}: {one.found}" for one in missing), fixes or "See the lines above.")
 
     draws = ("parts", "drawing")

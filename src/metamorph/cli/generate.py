@@ -74,7 +74,7 @@ def image_paths(output: Path, count: int) -> list[Path]:
     return [output if number == 1 else output.with_stem(f"{output.stem}-{number}") for number in range(1, count + 1)]
 
 
-def check_output(output: Path) -> None:
+def check_output(output: Path, asked_by: str = "-o") -> None:
     """Refuse a path to which no image can be saved, before anything is computed.
 
     Raises:
@@ -83,10 +83,10 @@ def check_output(output: Path) -> None:
     from PIL import Image
 
     if output.is_dir():
-        raise ConfigError(f"a directory but a file name is needed (-o {output}). Add a name such as star.png.")
+        raise ConfigError(f"a directory but a file name is needed ({asked_by} {output}). Add a name such as star.png.")
     formats = Image.registered_extensions()
     if formats.get(output.suffix.lower()) not in Image.SAVE:
-        raise ConfigError(f"suffix {output.suffix!r} but an image format is needed (-o {output}). Use .png.")
+        raise ConfigError(f"suffix {output.suffix!r} but an image format is needed ({asked_by} {output}). Use .png.")
 
 
 def load(model: str | None, decoder: str | None, device: str | None, *, needs_decoder: bool) -> MetaMorphPipeline:
