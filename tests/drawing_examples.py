@@ -35,8 +35,8 @@ def drawings(size: int = 60, colours: int = 60) -> Drawings:
     return Drawings(size, colours)
 
 
-def decoder_batches(encode, size: int, seed: int):
-    """Pictures of 16 pixels and the visual tokens of their enlargement."""
+def decoder_batches(encode, size: int, seed: int, *, side: int = 16):
+    """Plain pictures of `side` pixels, and the visual tokens of the same at the encoder's 32 pixels."""
     import torch
 
     from metamorph.decoder import DecoderBatch
@@ -44,7 +44,8 @@ def decoder_batches(encode, size: int, seed: int):
 
     def make(step: int) -> DecoderBatch:
         generator = torch.Generator().manual_seed(1000 * seed + step)
-        pixels = (torch.rand(size, 3, 1, 1, generator=generator) * 2 - 1).expand(-1, -1, 32, 32)
-        return DecoderBatch(pixels=pixels[..., :16, :16].clone(), seeds=image_seeds(seed, step, size), tokens=encode(pixels))
+        pixels = torch.rand(size, 3, 1, 1, generator=generator) * 2 - 1
+        shown, read = (pixels.expand(-1, -1, one, one).contiguous() for one in (side, 32))
+        return DecoderBatch(pixels=shown, seeds=image_seeds(seed, step, size), tokens=encode(read))
 
     return make
