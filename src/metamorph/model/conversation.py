@@ -16,11 +16,13 @@ inference the prompt ends there (not for tokenizers that write a space before ev
 is cut out and tokenized with special tokens switched off: it stays text.
 """
 
+import json
 import re
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import date
+from functools import cache
 from itertools import pairwise
 from typing import Any
 
@@ -37,6 +39,7 @@ Span = tuple[int, int]
 
 _MARK = re.compile("\ue000([0-9]+)\ue001")
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+_TODAY = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
 
 TEMPLATE_DATE = date(2024, 7, 26)
 """What a template that asks for today's date is told, so that a conversation is the same sequence every day. Llama 3's own default."""
@@ -76,9 +79,14 @@ class TokenizedText:
     starts: list[int]
 
 
+# Fast tokenizers keep `split_special_tokens` as a setting of the whole tokenizer, and a compiled template keeps the blocks that it is
+# writing; a stream reads ahead in a thread.
+_ONE_AT_A_TIME = threading.Lock()
+
+
 @dataclass(frozen=True)
 class ChatTemplate:
-    """A template and the variables that it is given: the tokenizer's special tokens, and settings that override the two defaults."""
+    """A template and the variables that it is given: the tokenizer's special tokens, and settings that override `enable_thinking=False`."""
 
     source: str
     variables: Mapping[str, Any] = field(default_factory=dict)
@@ -95,13 +103,14 @@ class ChatTemplate:
             TemplateError: the template refuses the conversation.
         """
         try:
-            texts, blocks = render_jinja_template(
-                conversations=[list(marked)],
-                chat_template=self.source,
-                return_assistant_tokens_mask=self.marks_answers,
-                add_generation_prompt=add_generation_prompt,
-                **{"enable_thinking": False, "strftime_now": TEMPLATE_DATE.strftime, **self.variables},
-            )
+            with _ONE_AT_A_TIME:
+                texts, blocks = render_jinja_template(
+                    conversations=[list(marked)],
+                    chat_template=_with_fixed_date(self.source),
+                    return_assistant_tokens_mask=self.marks_answers,
+                    add_generation_prompt=add_generation_prompt,
+                    **{"enable_thinking": False, **self.variables},
+                )
         except jinja2.TemplateError as error:
             roles = ", ".join(message["role"] for message in marked)
             raise TemplateError(
@@ -149,16 +158,22 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, rendered: RenderedConversation,
         TemplateError: the tokenizer cannot keep a spelled special token as text.
     """
     cuts = set() if special.writes_prefix_space else {start for start, _ in rendered.targets}
-    whole = _tokenize_segments(tokenizer, rendered.text, cuts, set())
+    anchor = _ANCHOR if special.writes_prefix_space else ""
+    whole = _tokenize_segments(tokenizer, rendered.text, cuts, set(), anchor)
     spelled = _spelled_specials(whole, rendered, special)
     if not spelled:
         return whole
     cuts |= {edge for span in spelled for edge in span}
-    result = _tokenize_segments(tokenizer, rendered.text, cuts, spelled)
+    result = _tokenize_segments(tokenizer, rendered.text, cuts, spelled, anchor)
     if left := _spelled_specials(result, rendered, special):
         words = rendered.text[slice(*min(left))]
         raise TemplateError(f"{words!r} became a special token but text was expected ({place}). Use a tokenizer that can split them.")
     return result
+
+
+@cache
+def _with_fixed_date(source: str) -> str:
+    return _TODAY.sub(lambda call: json.dumps(TEMPLATE_DATE.strftime(call[2])), source)
 
 
 def _start_in_block(template: ChatTemplate, marked: list[dict[str, str]], turn: int, text: str, blocks: list[Span], place: str) -> int:
@@ -240,24 +255,27 @@ def _fill_in(text: str, marks: list[re.Match[str]], parts: list[TextPart | Image
     return RenderedConversation("".join([*pieces, text[end:]]), tuple(said), tuple((start, stop) for start, stop in moved))
 
 
-# Fast tokenizers keep `split_special_tokens` as a setting of the whole tokenizer, and a stream reads ahead in a thread.
-_ONE_AT_A_TIME = threading.Lock()
+# Stands before a segment that continues a text, for tokenizers that would write a space there; no word begins with it.
+_ANCHOR = "\n"
 
 
-def _tokenize_segments(tokenizer: PreTrainedTokenizerBase, text: str, cuts: set[int], literal: set[Span]) -> TokenizedText:
+def _tokenize_segments(tokenizer: PreTrainedTokenizerBase, text: str, cuts: set[int], literal: set[Span], anchor: str) -> TokenizedText:
     ids, starts = [], []
     for begin, end in pairwise(sorted({0, len(text)} | cuts)):  # one by one: a batch would start threads, which costs more than it saves
+        before = anchor if begin else ""
         with _ONE_AT_A_TIME:
             encoded = tokenizer(
-                text[begin:end],
+                before + text[begin:end],
                 add_special_tokens=False,
                 return_offsets_mapping=True,
                 split_special_tokens=(begin, end) in literal,
                 verbose=False,
             )
-        ids += encoded["input_ids"]
-        # Byte-level tokenizers report a token of spaces as an empty span behind them: keep it inside its segment.
-        starts += [min(begin + start, end - 1) for start, _ in encoded["offset_mapping"]]
+        for token, (start, _) in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True):
+            if start >= len(before):
+                ids.append(token)
+                # Byte-level tokenizers report a token of spaces as an empty span behind them: keep it inside its segment.
+                starts.append(min(begin + start - len(before), end - 1))
     return TokenizedText(ids, starts)
 
 
