@@ -259,7 +259,7 @@ def _complete_paths() -> None:
     import glob
 
     def complete(text: str, state: int) -> str | None:
-        found = [name for name in COMMANDS if name.startswith(text)] if readline.get_begidx() == 0 else sorted(glob.glob(f"{text}*"))
+        found = [f"{name} " for name in COMMANDS if name.startswith(text)] if readline.get_begidx() == 0 else sorted(glob.glob(f"{text}*"))
         return found[state] if state < len(found) else None
 
     readline.set_completer_delims(" ")
