@@ -143,10 +143,11 @@ def read_image_settings(vision: str | Path, encoder: PreTrainedModel) -> ImageSe
     resample = saved.get("resample", 3)
     if resample not in _RESAMPLE:
         raise ConfigError(f"resample={resample} but one of {_RESAMPLE} was expected ({vision}). Set image_resample.")
+    normalized = saved.get("do_normalize", True)
     return ImageSettings(
         image_size=_size(size, encoder),
-        image_mean=tuple(saved.get("image_mean", (0.5, 0.5, 0.5))),
-        image_std=tuple(saved.get("image_std", (0.5, 0.5, 0.5))),
+        image_mean=tuple(saved.get("image_mean", (0.5, 0.5, 0.5))) if normalized else (0.0, 0.0, 0.0),
+        image_std=tuple(saved.get("image_std", (0.5, 0.5, 0.5))) if normalized else (1.0, 1.0, 1.0),
         image_resample=_RESAMPLE[resample],
     )
 
