@@ -38,6 +38,9 @@ if TYPE_CHECKING:
 Conversation: TypeAlias = str | Message | Sequence[Message]
 """A question, a user's message, or a whole conversation that ends with one."""
 
+DECODER = "decoder"
+"""Folder of a model's own decoder."""
+_INDEX = "model_index.json"
 DECODER_BATCH = 16
 """Images that are decoded in one call."""
 
@@ -88,7 +91,7 @@ class MetaMorphPipeline:
     def from_pretrained(
         cls,
         directory: str | Path,
-        decoder: str | Path | None = None,
+        decoder: str | Path | bool | None = None,
         device: str | torch.device | None = None,
         dtype: torch.dtype = torch.float32,
     ) -> MetaMorphPipeline:
@@ -96,7 +99,8 @@ class MetaMorphPipeline:
 
         Args:
             directory: model and processor: a directory or a name on the hub.
-            decoder: the visual decoder; without it replies hold visual tokens but no pixels.
+            decoder: the visual decoder: a directory or a name on the hub; by default the folder `decoder` beside the model, if there is
+                one. Without it (False: even if there is one) replies hold visual tokens but no pixels.
             device: by default `cuda` if there is one, else `mps`, else `cpu`.
             dtype: of the model; the decoder stays in float32.
 
@@ -107,15 +111,16 @@ class MetaMorphPipeline:
 
         model = MetaMorph.from_pretrained(directory, dtype=dtype).eval()
         processor = MetaMorphProcessor.from_pretrained(directory)
-        visual_decoder = None
-        if decoder is not None:
+        visual_decoder, place = None, find_decoder(directory) if decoder is None or decoder is True else decoder
+        if place:
             from metamorph.decoder import VisualDecoderPipeline
 
-            visual_decoder = VisualDecoderPipeline.from_pretrained(decoder)
+            visual_decoder = VisualDecoderPipeline.from_pretrained(place)
         pipeline = cls(model, processor, visual_decoder)
         pipeline.model_part = Part.loaded(directory, model.config.to_dict(), getattr(model.config, "_commit_hash", None))
-        if decoder is not None:
-            pipeline.decoder_part = Part.loaded(decoder, _settings(visual_decoder))
+        if place:
+            known_as = place if Path(directory).is_dir() or decoder else f"{directory}/{DECODER}"  # not a folder of the hub's cache
+            pipeline.decoder_part = Part.loaded(str(known_as), _settings(visual_decoder))
         return pipeline.to(_default_device() if device is None else device)
 
     def to(self, device: str | torch.device) -> MetaMorphPipeline:
@@ -273,6 +278,20 @@ def _settings(decoder: VisualDecoderPipeline | None) -> dict[str, Any]:
     """The configs of a decoder's parts."""
     parts = {} if decoder is None else decoder.components
     return {name: dict(part.config) for name, part in parts.items() if part is not None}
+
+
+def find_decoder(model: str | Path) -> Path | None:
+    """The decoder that belongs to a model: the folder `decoder` beside its weights, in a directory or on the hub. None without one."""
+    if Path(model).is_dir():
+        return Path(model) / DECODER if (Path(model) / DECODER / _INDEX).is_file() else None
+    quiet = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
+    try:
+        index = cached_file(str(model), f"{DECODER}/{_INDEX}", **quiet)
+    except (OSError, ValueError):  # no such model: loading it says so
+        return None
+    if index is None:
+        return None
+    return Path(snapshot_download(str(model), allow_patterns=[f"{DECODER}/*"])) / DECODER
 
 
 def _reply(answer: Answer, next_picture: Callable[[], Drawing | None]) -> Reply:

@@ -33,6 +33,7 @@ def run(
     from metamorph.microworld.components import shipped
     from metamorph.microworld.measuring import Measured, measure
     from metamorph.microworld.report import summary_table, verdict
+    from metamorph.model.card import CARD, add_results
 
     own = model / "decoder" if model is not None else None
     chosen = Measured(
@@ -49,6 +50,8 @@ def run(
         output=output,
         told=lambda line: console.print(line, highlight=False, markup=False),
     )
+    if model is not None and add_results(model / CARD, report):
+        console.print(f"The results are also on the model's card, {model / CARD}.", highlight=False, markup=False, soft_wrap=True)
     shown = Console()
     show_table(summary_table(report, "shipped"))
     shown.print(verdict(report), markup=False)

@@ -96,16 +96,14 @@ def load(model: str | None, decoder: str | None, device: str | None, *, needs_de
         CheckpointError: a directory that does not exist, or a decoder that is needed but missing.
     """
     quiet_libraries()
-    from metamorph.pipeline import MetaMorphPipeline
+    from metamorph.pipeline import MetaMorphPipeline, find_decoder
 
     if model is None:
         from metamorph.microworld.components import shipped
 
         model, decoder = str(shipped("metamorph")), decoder or str(shipped("decoder"))
-    elif decoder is None and (Path(model) / "decoder").is_dir():
-        decoder = str(Path(model) / "decoder")
-    if needs_decoder and decoder is None:
-        found = "no decoder" if Path(model).is_dir() else "no such directory, hence no decoder,"
+    if needs_decoder and decoder is None and find_decoder(model) is None:
+        found = "no decoder" if Path(model).is_dir() else "no such directory, and on the hub no decoder,"
         raise CheckpointError(f"{found} but -o needs one ({model}). Give --decoder DIR, or the directory of a model that has one.")
     return MetaMorphPipeline.from_pretrained(model, decoder, device=device)
 

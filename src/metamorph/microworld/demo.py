@@ -23,6 +23,7 @@ from metamorph.microworld.report_curves import read_band
 from metamorph.microworld.report_samples import sample_blocks
 from metamorph.microworld.subject import DENOISING_STEPS, Subject
 from metamorph.microworld.suite import MODEL_FREE, combine, evaluation_tasks
+from metamorph.model.card import CARD, add_results
 from metamorph.pipeline import MetaMorphPipeline
 from metamorph.reporting.page import write
 from metamorph.training.config import RunConfig, StageConfig
@@ -117,6 +118,7 @@ def run_demo(demo: Demo, *, told: Told | None = None, tracker: Callable[[StageCo
         more={"name": config.name, "resumed": resumed, "parts": _parts(config, demo.decoder)},
     )
     (directory / REPORT).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    add_results(result.model_dir / CARD, {**report, "command": "metamorph demo"})
     next_steps = _NEXT.format(model=result.model_dir)
     write(demo_page(report, rows, band, samples, next_steps), directory / PAGE)
     return Outcome(report, directory / REPORT, directory / PAGE, next_steps)

@@ -33,6 +33,7 @@ def plain(metrics: Metrics) -> dict[str, dict[str, float | int]]:
 def results_report(results: Results, level: Level, seed: int, seconds: Mapping[str, float]) -> dict[str, Any]:
     """What demo and evaluation have in common: figures, what they are compared with, what they must reach, and their origin."""
     return {
+        "dataset": "microworld",
         "metrics": plain(results.metrics),
         "baselines": baselines(results.metrics),
         "floors": requirements(results.metrics, level),

@@ -47,6 +47,7 @@ class MetaMorphConfig(PretrainedConfig):
     image_start_token_id: int | None = None
     image_end_token_id: int | None = None
     vision_encoder_path: str | None = None
+    origins: dict[str, dict[str, str]] | None = None  # {"llm": {"name": ..., "license": ...}, "vision": ...}: what the model card says
     tie_word_embeddings: bool = False  # the text config's: transformers and PEFT look for it here
 
     def __post_init__(self, **kwargs: Any) -> None:

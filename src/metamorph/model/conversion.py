@@ -18,6 +18,7 @@ from transformers.utils import cached_file
 from metamorph.errors import CheckpointError, ConfigError
 from metamorph.media import Resample
 from metamorph.model.attention import PACKED_ATTENTION
+from metamorph.model.card import origin_of
 from metamorph.model.checks import check_encoder, check_language_model, check_reading
 from metamorph.model.configuration import IMAGE_END_TOKEN, IMAGE_START_TOKEN, IMAGE_TOKEN, MetaMorphConfig
 from metamorph.model.modeling import MetaMorph
@@ -75,6 +76,7 @@ def initialize(llm: str | Path, vision: str | Path, *, seed: int = 0, **choices:
         image_token_id=ids[IMAGE_TOKEN],
         image_start_token_id=ids[IMAGE_START_TOKEN],
         image_end_token_id=ids[IMAGE_END_TOKEN],
+        origins={"llm": origin_of(llm), "vision": origin_of(vision)},
         **{name: choices[name] for name in CONFIG_CHOICES if name in choices},
     )
     settings = vars(read_image_settings(vision, encoder)) | {name: choices[name] for name in PROCESSOR_CHOICES if name in choices}

@@ -29,6 +29,7 @@ from metamorph.model.attention import PACKED_ATTENTION, position_ids_of, run_pac
 from metamorph.model.checkpoint import load_checkpoint
 from metamorph.model.configuration import MetaMorphConfig
 from metamorph.model.heads import Projector, VisionHead
+from metamorph.model.hub import HubModel
 from metamorph.model.vision_encoder import VisionEncoder
 
 if TYPE_CHECKING:
@@ -49,7 +50,7 @@ class MetaMorphOutput(ModelOutput):
     terms: dict[str, LossTerm] | None = None  # the two losses as (sum, count): "text" and "visual"
 
 
-class MetaMorph(PreTrainedModel):
+class MetaMorph(HubModel):
     """A causal LM that reads and writes visual tokens. Composed of two Hugging Face models; its parts can be reached by name."""
 
     config_class = MetaMorphConfig
@@ -95,11 +96,6 @@ class MetaMorph(PreTrainedModel):
             CheckpointError: files are missing, broken or of another shape, or the special tokens are absent.
         """
         return load_checkpoint(super().from_pretrained, pretrained_model_name_or_path, *args, **kwargs)
-
-    def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
-        """Save config, weights (safetensors) and generation settings."""
-        super().save_pretrained(save_directory, *args, **kwargs)
-        self.generation_config.save_pretrained(save_directory)
 
     def get_decoder(self) -> PreTrainedModel:
         """The transformer inside the language model: embeddings in, states after the final norm out."""
@@ -277,10 +273,6 @@ class MetaMorph(PreTrainedModel):
         mask = torch.ones_like(is_visual) if attention_mask is None else attention_mask.bool()
         prompts = split_prompts(input_ids, mask, is_visual, pixel_values, visual_tokens, from_pixels)
         return generate_ids(self, prompts, (options or DecodingOptions()).updated(**changes), seeds=seeds)
-
-    def prepare_inputs_for_generation(self, input_ids: Int64[Tensor, "b t"], **kwargs: Any) -> dict[str, Any]:
-        """The arguments as they are. PEFT wants a causal LM to have this method; `generate` does not use it."""
-        return {"input_ids": input_ids, **kwargs}
 
     def loss_terms(self, batch: Batch) -> dict[str, LossTerm]:
         """The two losses of a batch as (sum, count), "text" and "visual", with a gradient path to every module whatever the batch holds.

@@ -199,6 +199,10 @@ class RunConfig(Section):
     data: DataConfig | None = None
     """What a model reads; a decoder names its batches itself."""
     stages: tuple[StageConfig, ...] = Field(min_length=1)
+    license: str | None = None
+    """Of the trained model, as the hub spells licences (apache-2.0, llama3.1, ...): for its card. None = unknown."""
+    datasets: tuple[str, ...] = ()
+    """Names on the hub of the data sets behind `data`: for the model's card."""
 
     @model_validator(mode="after")
     def _consistent(self) -> RunConfig:

@@ -5,7 +5,7 @@
     metrics.jsonl   a row per logged step, all stages
     checkpoints/<stage>/step-.../
     run.json        versions, device, and how each stage went
-    model/          the trained model with its processor, or the decoder
+    model/          the trained model with its processor and its card, or the decoder
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
 from metamorph.errors import ConfigError
+from metamorph.model.card import write_card
 from metamorph.training.assembly import (
     build_cache,
     build_decoder,
@@ -39,6 +40,7 @@ from metamorph.training.assembly import (
 from metamorph.training.config import RunConfig, StageConfig
 from metamorph.training.device import pick_device, processes, rank, world_size
 from metamorph.training.loop import TrainResult, train
+from metamorph.training.publication import facts_of_run
 from metamorph.training.stages import select_trainable
 from metamorph.training.trackers import Tracker
 
@@ -124,7 +126,7 @@ def _run_model(config, results, train_stage, evaluators, on_stage, tracker) -> N
         if on_stage is not None:
             on_stage(stage.name, model.eval(), processor)
         if number == len(config.stages) - 1:
-            _save_model(model, processor, config.run_dir / "model")
+            _save_model(model, processor, config, results)
         del model, stream, bound
         gc.collect()
 
@@ -169,12 +171,13 @@ def _evaluate(evaluator: RunEvaluator, companion: Any, model: nn.Module, step: i
     return evaluator(model, companion, step)
 
 
-def _save_model(model: Any, processor: Any, directory: Path) -> None:
-    whole = _whole_state(model)
+def _save_model(model: Any, processor: Any, config: RunConfig, results: Mapping[str, TrainResult]) -> None:
+    directory, whole = config.run_dir / "model", _whole_state(model)
     if rank() == 0:
         model.eval()
         model.save_pretrained(directory, state_dict=whole) if world_size() > 1 else model.save_pretrained(directory)
         processor.save_pretrained(directory)
+        write_card(directory, model.config, facts_of_run(config, results))
 
 
 def _whole_state(model: nn.Module) -> dict[str, Any]:
