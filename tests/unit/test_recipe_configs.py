@@ -103,6 +103,17 @@ def test_a_dry_run_of_another_llm_needs_no_network():
     assert f"{llm_parameters(SHAPES['qwen3_8b']['config']):,}" in shown.output and "428,225,600" in shown.output
 
 
+def test_a_dry_run_of_the_papers_decoder_needs_no_weights_of_stable_diffusion():
+    from metamorph.cli.main import build_app
+    from metamorph.microworld.components import shipped
+
+    arguments = ["train", "sd15_decoder", "--dry-run", "--set", f"decoder.encoder={shipped('metamorph')}"]
+    shown = CliRunner().invoke(build_app(), arguments)
+    assert shown.exit_code == 0, shown.output
+    for count in ("859,520,964", "83,653,863"):
+        assert count in shown.output, shown.output
+
+
 def test_shapes_ship_with_the_package():
     import metamorph.recipes
 

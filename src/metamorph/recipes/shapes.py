@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -47,15 +48,36 @@ def empty_decoder(config: DecoderConfig) -> DecoderModel:
     """
     from metamorph.model.configuration import MetaMorphConfig
 
-    return start_decoder(config, _load(MetaMorphConfig, config.encoder), weights=False)
+    encoder = _load(MetaMorphConfig, config.encoder)
+    known = _known(config.base)
+    if known is None:
+        return start_decoder(config, encoder, weights=False)
+    with TemporaryDirectory() as place:  # laid out as a saved diffusion model, but with configs only
+        _lay_out(known, Path(place))
+        return start_decoder(config.model_copy(update={"base": place}), encoder, weights=False)
 
 
 def _nested(reference: str | None) -> Any:
     from transformers import AutoConfig
 
-    shapes = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(CONFIGS.glob("*.json"))]
-    known = next((shape["config"] for shape in shapes if shape["source"] == reference), None)
+    known = _known(reference)
     return dict(known) if known is not None else _load(AutoConfig, str(reference))
+
+
+def _known(reference: str | None) -> dict[str, Any] | None:
+    """The config of a model whose shape comes with the package."""
+    shapes = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(CONFIGS.glob("*.json"))]
+    return next((shape["config"] for shape in shapes if shape["source"] == reference), None)
+
+
+def _lay_out(parts: dict[str, Any], place: Path) -> None:
+    """Write the configs of a diffusion model as diffusers does: model_index.json, and a folder for each part."""
+    for name, settings in parts.items():
+        (place / name).mkdir()
+        file = "scheduler_config.json" if name == "scheduler" else "config.json"
+        (place / name / file).write_text(json.dumps(settings), encoding="utf-8")
+    index = {name: ["diffusers", settings["_class_name"]] for name, settings in parts.items()}
+    (place / "model_index.json").write_text(json.dumps({"_class_name": "DiffusionPipeline", **index}), encoding="utf-8")
 
 
 def _load(kind: Any, reference: str) -> Any:
