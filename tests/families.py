@@ -41,7 +41,7 @@ class Family:
 
 
 @cache
-def trained(kind: str) -> tuple[dict[str, int], list[tuple[str, str]]]:
+def trained(kind: str) -> tuple[dict[str, int], Any]:
     """Vocabulary and merges of a small BPE: over bytes, or over characters with `▁` for a space and byte tokens for the rest."""
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 
@@ -58,7 +58,7 @@ def trained(kind: str) -> tuple[dict[str, int], list[tuple[str, str]]]:
     return model["vocab"], [tuple(merge) for merge in model["merges"]]
 
 
-def characters_vocabulary(first: tuple[str, ...]) -> tuple[dict[str, int], list[tuple[str, str]]]:
+def characters_vocabulary(first: tuple[str, ...]) -> tuple[dict[str, int], Any]:
     """The vocabulary over characters, with these tokens and the 256 byte tokens before it, as SentencePiece lays it out."""
     vocabulary, merges = trained("characters")
     tokens = [*first, *(f"<0x{byte:02X}>" for byte in range(256)), *sorted(vocabulary, key=vocabulary.__getitem__)]

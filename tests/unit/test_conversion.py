@@ -102,7 +102,7 @@ def test_image_settings_come_from_the_encoders_own_files(tmp_path, parts):
     processor = initialize(parts[0], tmp_path / "vision", num_visual_tokens=4)[1]
     assert (processor.image_size, processor.image_resample) == ((32, 32), "bilinear")
     assert (processor.image_mean, processor.image_std) == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
-    assert initialize(parts[0], tmp_path / "vision", num_visual_tokens=4, image_size=(16, 16))[1].image_size == (16, 16)
+    assert initialize(parts[0], tmp_path / "vision", num_visual_tokens=4, image_size=(34, 34))[1].image_size == (34, 34)
 
 
 def test_a_wrong_setting_names_the_nearest(parts):

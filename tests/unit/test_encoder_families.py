@@ -68,7 +68,7 @@ def test_a_grid_is_pooled_to_a_number_that_does_not_divide_it(root, name):
 @pytest.mark.parametrize("name", ["siglip", "siglip2", "dinov2"])
 def test_pixels_beyond_the_last_whole_patch_are_not_read(root, name):
     """SigLIP at 384 pixels with patches of 14 has 27 of them and 6 pixels to spare."""
-    changes = {"image_size": IMAGE + 5} if name == "siglip" else {}
+    changes: dict = {"image_size": IMAGE + 5} if name == "siglip" else {}
     encoder = load_encoder(vision_directory(name, root / "wider", **changes), num_visual_tokens=4)
     wide = images(IMAGE + 5)
     other = wide.clone()
