@@ -112,7 +112,8 @@ def test_torchvision_is_not_installed():
         importlib.metadata.version("torchvision")
 
 
-THIRD_PARTY = "print(*sorted({m.partition('.')[0] for m in sys.modules if m[0] != '_'} - sys.stdlib_module_names), file=sys.stderr)"  # not site's hooks
+# What begins with an underscore are hooks of the interpreter's site.
+THIRD_PARTY = "print(*sorted({m.partition('.')[0] for m in sys.modules if m[0] != '_'} - sys.stdlib_module_names), file=sys.stderr)"
 
 
 def loaded_libraries(code: str) -> set[str]:

@@ -151,7 +151,7 @@ def check_extras() -> Iterator[Finding]:
         if extra in _NOT_FOR_USERS:
             continue
         found = [_library(one, "extras", optional=True) for one in requirements(extra)]
-        worst = next((status for status in ("bad", "note") if any(one.status == status for one in found)), "ok")
+        worst: Status = next((one.status for status in ("bad", "note") for one in found if one.status == status), "ok")
         said = ", ".join(f"{one.name} {one.found}" for one in found)
         fixes = [one.fix.removeprefix("python -m pip install ") for one in found if one.fix]
         fix = "python -m pip install " + " ".join(fixes) if fixes else ""
