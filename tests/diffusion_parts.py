@@ -101,14 +101,14 @@ def save_stable_diffusion(root: Path, *, sample_size: int = 8, context_width: in
 
 
 def save_sana(root: Path, *, sample_size: int = 8, context_width: int = 16, scheduler: str = "dpm") -> Path:
-    """Sana in small, with its DPM-Solver (or "euler"), both with flow shift 3; an autoencoder that makes an 8th of an image, 6 channels."""
+    """Sana in small, with its DPM-Solver (or "euler"), both with flow shift 3; an autoencoder to an eighth of an image, 8 channels."""
     from diffusers import AutoencoderDC, DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler, SanaTransformer2DModel
     from transformers import Gemma2Config, Gemma2Model
 
     torch.manual_seed(0)
     SanaTransformer2DModel(
-        in_channels=6,
-        out_channels=6,
+        in_channels=8,
+        out_channels=8,
         num_attention_heads=4,
         attention_head_dim=8,
         num_layers=2,
@@ -119,18 +119,18 @@ def save_sana(root: Path, *, sample_size: int = 8, context_width: int = 16, sche
         sample_size=sample_size,
     ).save_pretrained(root / "transformer")
     AutoencoderDC(
-        latent_channels=6,
+        latent_channels=8,
         attention_head_dim=4,
         encoder_block_types=("ResBlock", "ResBlock", "EfficientViTBlock", "EfficientViTBlock"),
         decoder_block_types=("ResBlock", "ResBlock", "EfficientViTBlock", "EfficientViTBlock"),
-        encoder_block_out_channels=(8, 8, 12, 12),
-        decoder_block_out_channels=(8, 8, 12, 12),
+        encoder_block_out_channels=(8, 8, 16, 16),
+        decoder_block_out_channels=(8, 8, 16, 16),
         encoder_layers_per_block=(1, 1, 1, 1),
         decoder_layers_per_block=(1, 1, 1, 1),
         encoder_qkv_multiscales=((), (), (5,), (5,)),
         decoder_qkv_multiscales=((), (), (5,), (5,)),
         upsample_block_type="interpolate",
-        downsample_block_type="Conv",
+        downsample_block_type="conv",
         decoder_act_fns="silu",
         scaling_factor=0.41407,
     ).save_pretrained(root / "vae")

@@ -29,6 +29,7 @@ from metamorph.decoder import (
 from metamorph.decoder.batches import image_seeds
 from metamorph.decoder.denoiser import sizes_of
 from metamorph.errors import ConfigError
+from metamorph.training.assembly import build_decoder
 from metamorph.training.config import DecoderConfig, RunConfig, SourceConfig, StageConfig, TrainingConfig
 from metamorph.training.run import run
 from metamorph.training.trackers import read_metrics
@@ -193,6 +194,8 @@ class TestSana:
             batches=batches,
             ema_decay=0.9,
         )
+        starts = [build_decoder(decoder, seed)[0].conditioner.projector[0].weight for seed in (0, 0, 1)]
+        assert torch.equal(starts[0], starts[1]) and not torch.equal(starts[0], starts[2])
         training = TrainingConfig(steps=3, batch_size=2, learning_rate=1e-3, device="cpu")
         stage = StageConfig(name="decoder", training=training)  # nothing is frozen by the settings: the autoencoder is anyway
         config = RunConfig(name="tiny", output_dir=str(tmp_path / "run"), decoder=decoder, stages=(stage,))

@@ -46,14 +46,15 @@ def load_scheduler(path: str | Path, *, latent: bool) -> Scheduler:
     """
     settings: Any = DDIMScheduler.load_config(path, subfolder="scheduler")
     name, flow = str(settings["_class_name"]), settings.get("prediction_type") == "flow_prediction"
-    known = {kind.__name__: kind for kind in (FlowMatchEulerDiscreteScheduler, DPMSolverMultistepScheduler)}
+    known: dict[str, Any] = {kind.__name__: kind for kind in (FlowMatchEulerDiscreteScheduler, DPMSolverMultistepScheduler)}
     if name == "FlowMatchEulerDiscreteScheduler" or (name == "DPMSolverMultistepScheduler" and flow):
         return known[name].from_pretrained(path, subfolder="scheduler")
     if flow or settings.get("use_flow_sigmas") or "beta_schedule" not in settings:
         raise ConfigError(
             f"{name} but one with betas, or {' or '.join(known)} for a flow, is known ({path}, scheduler). Save it with one of these."
         )
-    return DDIMScheduler.from_pretrained(path, subfolder="scheduler", **({"clip_sample": False} if latent else {}))
+    ddim: Any = DDIMScheduler
+    return ddim.from_pretrained(path, subfolder="scheduler", **({"clip_sample": False} if latent else {}))
 
 
 def prediction_of(scheduler: Scheduler) -> Prediction:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields, replace
 from functools import partial
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from jaxtyping import Float
@@ -131,8 +131,8 @@ class TokenEncoder:
         return torch.from_numpy(self.processor.prepare_image(ImagePart(image)))
 
 
-def build_decoder(config: DecoderConfig) -> tuple[DecoderModel, TokenEncoder]:
-    """The decoder at its start, and the encoder whose visual tokens condition it.
+def build_decoder(config: DecoderConfig, seed: int) -> tuple[DecoderModel, TokenEncoder]:
+    """The decoder at its start (new parts random by `seed`, on every process the same), and the encoder whose visual tokens condition it.
 
     Raises:
         CheckpointError: one of them is not there.
@@ -141,7 +141,10 @@ def build_decoder(config: DecoderConfig) -> tuple[DecoderModel, TokenEncoder]:
     from metamorph.model.conversion import load
 
     model, processor = load(config.encoder)
-    return start_decoder(config, model.config), TokenEncoder(model.eval(), processor)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        decoder = start_decoder(config, cast("MetaMorphConfig", model.config))
+    return decoder, TokenEncoder(model.eval(), processor)
 
 
 def start_decoder(config: DecoderConfig, encoder: MetaMorphConfig, *, weights: bool = True) -> DecoderModel:
@@ -160,7 +163,8 @@ def start_decoder(config: DecoderConfig, encoder: MetaMorphConfig, *, weights: b
     own = ("path", "base", "visual_width", "num_visual_tokens", "weights", "objective")
     _check_names(config.conditioner, [name for name in inspect.signature(start).parameters if name not in own], "conditioner")
     _check_names(config.objective, [field.name for field in fields(Objective)], "objective")
-    sizes = {"visual_width": encoder.vision_config.hidden_size, "num_visual_tokens": encoder.num_visual_tokens}
+    vision: Any = encoder.vision_config
+    sizes = {"visual_width": vision.hidden_size, "num_visual_tokens": encoder.num_visual_tokens}
     if config.latent:
         decoder = from_pretrained_diffusion(config.base, weights=weights, **sizes, **config.conditioner)
     else:

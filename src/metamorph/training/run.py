@@ -134,9 +134,9 @@ def _run_model(config, results, train_stage, evaluators, on_stage, tracker) -> N
 def _run_decoder(config, results, train_stage, evaluators, on_stage, tracker) -> None:
     from metamorph.decoder import VisualDecoderPipeline, WeightAverage, decoder_step
 
-    start = None
+    start, seed = None, config.stages[0].training.seed
     for number, stage in enumerate(config.stages):
-        model, encoder = build_decoder(config.decoder)
+        model, encoder = build_decoder(config.decoder, seed)
         if number == 0 and on_stage is not None:
             on_stage("start", model.eval(), encoder.model)
         select_trainable(model, stage.train, stage.freeze)
@@ -162,7 +162,7 @@ def _run_decoder(config, results, train_stage, evaluators, on_stage, tracker) ->
             whole = _whole_state(model)
             if rank() == 0:
                 if world_size() > 1:
-                    model, _ = build_decoder(config.decoder)
+                    model, _ = build_decoder(config.decoder, seed)
                     model.load_state_dict(whole)
                 VisualDecoderPipeline.from_model(model).save_pretrained(config.run_dir / "model")
 
