@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 from PIL import Image
@@ -15,7 +16,7 @@ from metamorph.messages import Example, ImagePart, Message, Part, TextPart, Vide
 from metamorph.microworld.rows import KINDS, Picture, Row, RowPart
 from metamorph.microworld.scenes import crop_cell, render
 from metamorph.microworld.text import document
-from metamorph.microworld.world import Split
+from metamorph.microworld.world import Drawing, Split, generator
 
 # The paper's six kinds (section 5) with more of the rare ones, and text-only rows that keep what text taught.
 MIXTURE: Mapping[str, float] = {
@@ -28,6 +29,7 @@ MIXTURE: Mapping[str, float] = {
     "text": 0.07,
 }
 _SPLIT_SEEDS = {"train": 1, "validation": 2, "test": 3}
+_KIND_SEEDS = {kind: number for number, kind in enumerate(sorted([*KINDS, "text"]))}
 
 
 def draw(picture: Picture) -> Image.Image:
@@ -58,7 +60,7 @@ def text_row(rng: np.random.Generator, split: Split) -> Row:
 
 def make_row(kind: str, seed: int, split: Split, index: int) -> Row:
     """Row number `index` of a kind."""
-    rng = np.random.default_rng([seed, _SPLIT_SEEDS[split], sorted([*KINDS, "text"]).index(kind), index])
+    rng = generator(seed, _SPLIT_SEEDS[split], _KIND_SEEDS[kind], index)
     return text_row(rng, split) if kind == "text" else KINDS[kind](rng, split)
 
 
@@ -79,11 +81,13 @@ class MicroworldSource:
         """Number of examples."""
         return self.size
 
+    @cached_property
+    def _draw_kind(self) -> Drawing[str]:
+        return Drawing(tuple(self.kinds), tuple(self.kinds.values()))
+
     def row(self, index: int) -> Row:
         """The row behind example `index`."""
-        names, shares = list(self.kinds), np.array(list(self.kinds.values()), dtype=float)
-        rng = np.random.default_rng([self.seed, 77, index])
-        return make_row(str(rng.choice(names, p=shares / shares.sum())), self.seed, self.split, index)
+        return make_row(self._draw_kind(generator(self.seed, 77, index)), self.seed, self.split, index)
 
     def __getitem__(self, index: int) -> Example:
         """Example `index`, drawn."""

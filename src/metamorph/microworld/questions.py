@@ -28,23 +28,19 @@ class Question:
     cell: int | None = None
 
 
-def _only(scene: Scene, thing: SceneObject, *keys: str) -> bool:
-    """Whether no other object shares all the given attributes with `thing`."""
-    twins = [o for o in scene.objects if all(getattr(o, key) == getattr(thing, key) for key in keys)]
-    return len(twins) == 1
-
-
 def _referring(scene: Scene, rng: np.random.Generator, hidden: str) -> tuple[SceneObject, str] | None:
     """An object and words that single it out without telling its attribute `hidden`."""
+    shapes, colours = [thing.shape for thing in scene.objects], [thing.colour for thing in scene.objects]
+    looks = list(zip(colours, shapes, strict=True))
     options: list[tuple[SceneObject, str]] = []
     for thing in scene.objects:
         if hidden != "cell":
             options.append((thing, f"the object at the {CELLS[thing.cell]}"))
-        if hidden != "shape" and _only(scene, thing, "shape"):
+        if hidden != "shape" and shapes.count(thing.shape) == 1:
             options.append((thing, f"the {noun_of(thing)}"))
-        if hidden != "colour" and _only(scene, thing, "colour"):
+        if hidden != "colour" and colours.count(thing.colour) == 1:
             options.append((thing, f"the {thing.colour} object"))
-        if hidden not in ("colour", "shape") and _only(scene, thing, "colour", "shape"):
+        if hidden not in ("colour", "shape") and looks.count((thing.colour, thing.shape)) == 1:
             options.append((thing, f"the {thing.colour} {noun_of(thing)}"))
     return choose(rng, options) if options else None
 
@@ -147,7 +143,8 @@ def ask_relation(scene: Scene, rng: np.random.Generator) -> Question | None:
     if len(scene.objects) < 2:
         return None
     first, second = (scene.objects[i] for i in rng.permutation(len(scene.objects))[:2])
-    if not (_only(scene, first, "colour", "shape") and _only(scene, second, "colour", "shape")):
+    looks = [(thing.colour, thing.shape) for thing in scene.objects]
+    if any(looks.count((thing.colour, thing.shape)) > 1 for thing in (first, second)):
         return None
     relations = _relations(first, second)
     relation = choose(rng, list(relations))

@@ -46,6 +46,7 @@ class Picture:
     crop: int | None = None
 
 
+_ASKING = {**SCORED, **EXTRA}
 RowPart = str | Picture | tuple[Picture, ...]
 
 
@@ -79,7 +80,7 @@ def _fact_may_be_asked(question: Question, split: Split) -> bool:
 
 def ask(scene: Scene, rng: np.random.Generator, split: Split, types: tuple[str, ...]) -> Question | None:
     """A question of one of the types, or None if the drawn one does not fit the scene."""
-    question = {**SCORED, **EXTRA}[choose(rng, types)](scene, rng)
+    question = _ASKING[choose(rng, types)](scene, rng)
     return question if question is not None and _fact_may_be_asked(question, split) else None
 
 
@@ -116,8 +117,14 @@ def image_qa(rng: np.random.Generator, split: Split, types: tuple[str, ...] | No
     while not asked:
         scene, pool = _scene_to_ask_about(rng, split, types)
         wanted = turns or int(rng.integers(2, 6))
-        found = [question for question in (ask(scene, rng, split, pool) for _ in range(4 * wanted)) if question is not None]
-        asked = list({question.text: question for question in found}.values())[:wanted]
+        different: dict[str, Question] = {}
+        for _ in range(4 * wanted):
+            question = ask(scene, rng, split, pool)
+            if question is not None:
+                different.setdefault(question.text, question)
+            if len(different) == wanted:
+                break
+        asked = list(different.values())
     said: list[tuple[str, tuple[RowPart, ...]]] = []
     for index, question in enumerate(asked):
         shown = (Picture(scene),) if index == 0 else ()

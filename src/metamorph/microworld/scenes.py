@@ -42,6 +42,8 @@ RADIUS = {"large": 13.0, "small": 8.5, TINY: 4.5}
 MAX_JITTER = 1.0  # pixels, each axis
 MAX_STRETCH = 0.04  # relative change of the radius
 WHITE, BLACK = (252, 252, 252), (18, 18, 22)
+_PAINT = {name: np.array(rgb, dtype=np.float32)[:, None, None] for name, rgb in COLOUR_RGB.items()}
+_WHITE, _BLACK = (np.array(rgb, dtype=np.float64)[:, None, None] for rgb in (WHITE, BLACK))
 Motion = Literal["move", "grow", "recolour"]
 
 _GLYPH_ROWS = {
@@ -134,10 +136,16 @@ class Scene:
 
 
 @lru_cache(maxsize=1)
-def _cell_grid() -> tuple[Float[np.ndarray, "32 32"], Float[np.ndarray, "32 32"]]:
-    """x and y of the pixel centres of one cell, 0 in the middle, in pixels."""
+def _cell_axes() -> tuple[Float[np.ndarray, "1 32"], Float[np.ndarray, "32 1"]]:
+    """x and y of the pixel centres of one cell, 0 in the middle, in pixels: a row and a column, which broadcast to the cell."""
     axis = np.arange(CELL_SIZE, dtype=np.float32) - (CELL_SIZE - 1) / 2
-    x, y = np.meshgrid(axis, axis)
+    return axis[None, :], axis[:, None]
+
+
+@lru_cache(maxsize=1)
+def _cell_grid() -> tuple[Float[np.ndarray, "32 32"], Float[np.ndarray, "32 32"]]:
+    """The same for each pixel: numpy's sines of a row that broadcasts could differ from these in the last bit."""
+    x, y = np.meshgrid(*_cell_axes())
     return x, y
 
 
@@ -162,9 +170,10 @@ def _heart(x: np.ndarray, y: np.ndarray, r: float) -> np.ndarray:
     scale = 1.72 * r
     px, py = np.abs(x) / scale, 0.58 - y / scale
     round_part = np.hypot(px - 0.25, py - 0.75) - np.sqrt(2) / 4
-    along = 0.5 * np.maximum(px + py, 0)
+    both = px + py
+    along = 0.5 * np.maximum(both, 0)
     tip = np.sqrt(np.minimum(px**2 + (py - 1) ** 2, (px - along) ** 2 + (py - along) ** 2)) * np.sign(px - py)
-    return np.where(px + py > 1, round_part, tip) * scale
+    return np.where(both > 1, round_part, tip) * scale
 
 
 def _star(x: np.ndarray, y: np.ndarray, r: float) -> np.ndarray:
@@ -180,7 +189,7 @@ def _star(x: np.ndarray, y: np.ndarray, r: float) -> np.ndarray:
 
 
 def signed_distance(shape: str, x: np.ndarray, y: np.ndarray, r: float) -> np.ndarray:
-    """Signed distance in pixels from the outline of a shape of nominal radius r, negative inside."""
+    """Signed distance in pixels from the outline of a shape of nominal radius r, negative inside. x and y broadcast."""
     ax, ay = np.abs(x), np.abs(y)
     if shape == "circle":
         return np.hypot(x, y) - 0.97 * r
@@ -201,62 +210,81 @@ def signed_distance(shape: str, x: np.ndarray, y: np.ndarray, r: float) -> np.nd
     return np.maximum(np.hypot(x, y) - r, -bite)
 
 
+@lru_cache(maxsize=len(GLYPHS))
+def _glyph_bitmap(glyph: str) -> Float[np.ndarray, "11 9"]:
+    """The 5 x 7 pixels of a letter or digit with two empty ones around."""
+    return np.pad(np.array([[float(bit) for bit in row] for row in _GLYPH_ROWS[glyph].split()]), 2)
+
+
 def _glyph_alpha(glyph: str, x: np.ndarray, y: np.ndarray, r: float) -> np.ndarray:
     """Coverage of a 5 x 7 letter or digit, smoothed, of height 2 r."""
-    bitmap = np.array([[float(bit) for bit in row] for row in _GLYPH_ROWS[glyph].split()])
-    padded = np.pad(bitmap, 2)
+    padded = _glyph_bitmap(glyph)
     pixel = 2 * r / 7
     column, row = x / pixel + 2 + 2, y / pixel + 3 + 2
-    column, row = np.clip(column, 0, 7.999), np.clip(row, 0, 9.999)
+    column, row = column.clip(0, 7.999), row.clip(0, 9.999)
     left, top = column.astype(int), row.astype(int)
     fx, fy = column - left, row - top
     upper = padded[top, left] * (1 - fx) + padded[top, left + 1] * fx
     lower = padded[top + 1, left] * (1 - fx) + padded[top + 1, left + 1] * fx
-    return np.clip(((1 - fy) * upper + fy * lower - 0.5) * pixel * 1.2 + 0.5, 0, 1)
+    return (((1 - fy) * upper + fy * lower - 0.5) * pixel * 1.2 + 0.5).clip(0, 1)
 
 
 def coverage(thing: SceneObject) -> Float[np.ndarray, "32 32"]:
     """How much of each pixel of its cell the object covers, 0..1."""
-    x, y = _cell_grid()
+    x, y = _cell_grid() if thing.shape == "star" else _cell_axes()
     x, y = x - thing.dx, y - thing.dy
     r = RADIUS[thing.size] * (1 + thing.stretch)
     if thing.is_glyph:
         return _glyph_alpha(thing.shape, x, y, r)
-    return np.clip(0.5 - signed_distance(thing.shape, x, y, r), 0, 1)
+    return (0.5 - signed_distance(thing.shape, x, y, r)).clip(0, 1)
 
 
-def _marking_coverage(thing: SceneObject) -> Float[np.ndarray, "32 32"]:
+def _marking_coverage(thing: SceneObject) -> Float[np.ndarray, "32 #32"]:
     """Coverage of the marking alone; the caller clips it to the object."""
-    x, y = _cell_grid()
+    x, y = _cell_axes()
     r = RADIUS[thing.size] * (1 + thing.stretch)
     off_x, off_y = {"moon": (-0.52, 0.1), "triangle": (0, 0.3), "heart": (0, -0.12)}.get(thing.shape, (0, 0))
     x, y = x - thing.dx - off_x * r, y - thing.dy - off_y * r
     if thing.marking == "banded":
-        return np.clip(0.5 - (np.abs(y) - 0.2 * r), 0, 1)
-    return np.clip(0.5 - (np.hypot(x, y) - 0.34 * r), 0, 1)
+        return (0.5 - (np.abs(y) - 0.2 * r)).clip(0, 1)
+    return (0.5 - (np.hypot(x, y) - 0.34 * r)).clip(0, 1)
+
+
+def _painted(cell: Float[np.ndarray, "3 32 32"], thing: SceneObject) -> Float[np.ndarray, "3 32 32"]:
+    """One object over the pixels of its cell, colours first: numpy is slow where the last axis is short."""
+    _, y = _cell_axes()
+    alpha = coverage(thing)
+    shade = 1.0 - 0.08 * ((y - thing.dy) / RADIUS[thing.size]).clip(-1, 1)
+    paint = (_PAINT[thing.colour] * shade).clip(0, 255)
+    if thing.marking != "plain":
+        mark = _marking_coverage(thing)
+        paint = paint * (1 - mark) + (_BLACK if thing.marking == "eyed" else _WHITE) * mark
+    return cell * (1 - alpha) + paint * alpha
 
 
 def draw_object(cell: Float[np.ndarray, "32 32 3"], thing: SceneObject) -> Float[np.ndarray, "32 32 3"]:
     """Paint one object over the pixels of its cell (0..255)."""
-    x, y = _cell_grid()
-    alpha = coverage(thing)[..., None]
-    r = RADIUS[thing.size]
-    colour = np.array(COLOUR_RGB[thing.colour], dtype=np.float32)
-    paint = np.clip(colour * (1.0 - 0.08 * np.clip((y - thing.dy) / r, -1, 1))[..., None], 0, 255)
-    if thing.marking != "plain":
-        mark = _marking_coverage(thing)[..., None]
-        paint = paint * (1 - mark) + np.array(BLACK if thing.marking == "eyed" else WHITE) * mark
-    return cell * (1 - alpha) + paint * alpha
+    return np.ascontiguousarray(np.moveaxis(_painted(np.moveaxis(cell, -1, 0), thing), 0, -1))
+
+
+@lru_cache(maxsize=len(BACKGROUNDS))
+def _bare(background: str) -> tuple[UInt8[np.ndarray, "64 64 3"], Float[np.ndarray, "3 64 64"]]:
+    """The picture of a bare background, and its exact values, colours first."""
+    exact = background_pixels(background)
+    return (exact + 0.5).astype(np.uint8), np.ascontiguousarray(np.moveaxis(exact, -1, 0))
 
 
 def render(scene: Scene) -> UInt8[np.ndarray, "64 64 3"]:
     """The picture of a scene, RGB."""
-    canvas = background_pixels(scene.background).copy()
+    bare, exact = _bare(scene.background)
+    picture = bare.copy()
     for thing in scene.objects:
         top, left = CELL_SIZE * (thing.cell // 2), CELL_SIZE * (thing.cell % 2)
-        window = (slice(top, top + CELL_SIZE), slice(left, left + CELL_SIZE))
-        canvas[window] = draw_object(canvas[window], thing)
-    return (canvas + 0.5).astype(np.uint8)
+        rows, columns = slice(top, top + CELL_SIZE), slice(left, left + CELL_SIZE)
+        painted = (_painted(exact[:, rows, columns], thing).astype(np.float32, copy=False) + 0.5).astype(np.uint8)
+        for colour in range(3):
+            picture[rows, columns, colour] = painted[colour]
+    return picture
 
 
 def crop_cell(image: UInt8[np.ndarray, "64 64 3"], cell: int) -> UInt8[np.ndarray, "64 64 3"]:
@@ -271,4 +299,5 @@ def crop_cell(image: UInt8[np.ndarray, "64 64 3"], cell: int) -> UInt8[np.ndarra
 def jittered(thing: SceneObject, rng: np.random.Generator) -> SceneObject:
     """The same object with fresh jitter."""
     dx, dy = rng.uniform(-MAX_JITTER, MAX_JITTER, 2)
-    return replace(thing, dx=float(dx), dy=float(dy), stretch=float(rng.uniform(-MAX_STRETCH, MAX_STRETCH)))
+    stretch = float(rng.uniform(-MAX_STRETCH, MAX_STRETCH))
+    return SceneObject(thing.shape, thing.colour, thing.size, thing.cell, thing.marking, float(dx), float(dy), stretch)

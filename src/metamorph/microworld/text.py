@@ -18,6 +18,7 @@ from metamorph.microworld.names import COUNTRIES, by_look, countries_of_towns, e
 from metamorph.microworld.questions import LEARNT_LAST, SCORED, Question, ask_about_name, true_statement
 from metamorph.microworld.scenes import BACKGROUNDS, CELLS, COLOURS, Scene
 from metamorph.microworld.world import (
+    Drawing,
     SceneRules,
     by_corner,
     by_place,
@@ -254,7 +255,10 @@ _DOCUMENTS: Shares = (
 )
 
 
-_SHARES: Mapping[Lesson, Shares] = {"copying": _COPYING, "finding": _FINDING, "reading": _READING, "all": _DOCUMENTS}
+_LESSONS: Mapping[Lesson, Drawing[Callable[[np.random.Generator], str | Chat]]] = {
+    lesson: Drawing([make for _, make in shares], [share for share, _ in shares])
+    for lesson, shares in {"copying": _COPYING, "finding": _FINDING, "reading": _READING, "all": _DOCUMENTS}.items()
+}
 
 
 def document(rng: np.random.Generator, lesson: Lesson = "all") -> str | Chat:
@@ -262,6 +266,4 @@ def document(rng: np.random.Generator, lesson: Lesson = "all") -> str | Chat:
 
     The lessons before "all" need nothing to be known by heart but the order of colours and places.
     """
-    shares = _SHARES[lesson]
-    weights = np.array([weight for weight, _ in shares])
-    return shares[int(rng.choice(len(shares), p=weights / weights.sum()))][1](rng)
+    return _LESSONS[lesson](rng)(rng)

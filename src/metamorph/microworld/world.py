@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, TypeVar
+from typing import Generic, Literal, TypeVar
 
 import numpy as np
 
@@ -60,6 +60,25 @@ def split_of(scene: Scene) -> Split:
 def choose(rng: np.random.Generator, options: Sequence[T]) -> T:
     """One of the options."""
     return options[int(rng.integers(len(options)))]
+
+
+def generator(*numbers: int) -> np.random.Generator:
+    """The generator that numpy seeds with a list of these numbers, made in half the time if each fits in 32 bits."""
+    return np.random.default_rng(np.array(numbers, dtype=np.uint32) if max(numbers) < 1 << 32 else numbers)
+
+
+class Drawing(Generic[T]):
+    """Draws one of some options by their shares: what `Generator.choice(options, p=...)` draws, its table made once."""
+
+    def __init__(self, options: Sequence[T], shares: Sequence[float]) -> None:
+        weights = np.array(shares, dtype=float)
+        self._options = options
+        self._until = (weights / weights.sum()).cumsum()
+        self._until /= self._until[-1]
+
+    def __call__(self, rng: np.random.Generator) -> T:
+        """One of the options."""
+        return self._options[int(self._until.searchsorted(rng.random(), side="right"))]
 
 
 def sample_object(rng: np.random.Generator, cell: int, rules: SceneRules) -> SceneObject:
