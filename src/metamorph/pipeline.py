@@ -20,8 +20,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, overload
 
 import torch
+from huggingface_hub import snapshot_download
 from jaxtyping import Float
 from torch import Tensor
+from transformers.utils import cached_file
 
 from metamorph.batch import TokenSequence
 from metamorph.errors import ConfigError, ContextLengthError, RecordError

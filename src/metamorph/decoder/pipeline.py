@@ -69,11 +69,16 @@ class VisualDecoderPipeline(DiffusionPipeline):
     def save_pretrained(self, save_directory: str | PathLike, *, dtype: torch.dtype | None = None, **kwargs: Any) -> None:
         """Save every part with its config, weights as safetensors, in `dtype` if given (for example float16, half the size).
 
+        Where a part was loaded from is not saved: a published decoder names no place on this machine.
+
         Raises:
             ConfigError: asked to write pickle.
         """
         if not kwargs.pop("safe_serialization", True):
             raise ConfigError("safe_serialization=False but only safetensors are written (VisualDecoderPipeline). Leave it out.")
+        for part in (self, *self.components.values()):
+            if part is not None and "_name_or_path" in part.config:
+                part.register_to_config(_name_or_path="")
         if dtype is None:
             super().save_pretrained(save_directory, safe_serialization=True, **kwargs)
             return
