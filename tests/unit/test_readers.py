@@ -188,3 +188,22 @@ def test_quarantine_may_look_at_the_images(tmp_path):
     listing = tmp_path / "elsewhere.jsonl"
     assert len(JsonlSource(path, quarantine=Quarantine(limit=2, check_images=True, path=listing))) == 2
     assert [json.loads(entry).get("line") for entry in listing.read_text().splitlines()] == [None, 2, 3]
+
+
+def test_a_recipe_may_set_broken_lines_aside(tmp_path):
+    """As YAML asks for it: `source: metamorph.training.assembly.jsonl_source`."""
+    from metamorph.training.assembly import load_source
+    from metamorph.training.config import SourceConfig
+
+    path = write(tmp_path / "rows.jsonl", line(0), "{", picture_line("missing.png"))
+
+    def load(**kwargs):
+        return load_source(SourceConfig(source="metamorph.training.assembly.jsonl_source", kwargs={"path": str(path), **kwargs}))
+
+    assert len(load()) == 3  # nothing is looked at before it is asked for
+    assert len(load(set_aside=1)) == 2
+    assert len(load(set_aside=2, check_images=True)) == 1
+    with pytest.raises(RecordError, match="at most 1 may be set aside"):
+        load(set_aside=1, check_images=True)
+    with pytest.raises(RecordError, match="at most 0 may be set aside"):
+        load(check_images=True)

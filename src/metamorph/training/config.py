@@ -1,12 +1,14 @@
 """What a run is: a frozen, validated tree of settings. A recipe returns one; YAML with the same fields works too.
 
-RunConfig
-├── ModelConfig        which LLM and vision encoder become one model, or which model is trained on
-├── DataConfig         example sources (dotted path and keyword arguments), their weights, packing
-├── StageConfig ...    what is trained, in sequence
-│   ├── TrainingConfig     steps, batch, optimizer, schedule, checkpoints
-│   └── DataConfig         where a stage reads other data than the run
-└── DecoderConfig      for a run that trains the diffusion decoder instead
+    RunConfig
+    ├── ModelConfig        which LLM and vision encoder become one model, or which model is trained on
+    ├── DataConfig         example sources (dotted path and keyword arguments), their weights, packing
+    ├── StageConfig ...    what is trained, in sequence
+    │   ├── TrainingConfig     steps, batch, optimizer, schedule, checkpoints
+    │   └── DataConfig         where a stage reads other data than the run
+    └── DecoderConfig      for a run that trains the diffusion decoder instead
+
+All of them are keyword arguments in Python and mappings in YAML; a field that does not exist is refused.
 """
 
 from __future__ import annotations
