@@ -53,9 +53,11 @@ def measured_table() -> str:
     for name, what in WHAT.items():
         cells = [f"{m['value']:.2f} ({m['low']:.2f} to {m['high']:.2f})" for m in (row["metrics"][name] for row in rows)]
         lines.append(f"| `{name}` | {what} | " + " | ".join(cells) + " |")
-    lines.append("| | images in the context of the microworld's model | " + " | ".join(str(row["images_in_context"]) for row in rows) + " |")
-    lines.append("| | seconds of training, both stages | " + " | ".join(f"{row['training_seconds']:,.0f}" for row in rows) + " |")
-    return "\n".join(lines) + f"\n\nMeasured by `{results['command']}`; 95% intervals in parentheses; `benchmarks/results/visual_tokens.json` holds all."
+    images = " | ".join(str(row["images_in_context"]) for row in rows)
+    seconds = " | ".join(f"{row['training_seconds']:,.0f}" for row in rows)
+    lines += [f"| | images in the context of the microworld's model | {images} |", f"| | seconds of training, both stages | {seconds} |"]
+    source = f"Measured by `{results['command']}`; 95% intervals in parentheses. All of it: `{RESULTS.relative_to(ROOT)}`."
+    return "\n".join(lines) + "\n\n" + source
 
 
 def rewritten() -> str:
