@@ -61,9 +61,11 @@ def test_an_extra_that_is_not_installed_is_a_note_and_a_broken_one_is_bad(monkey
     found = list(checkup.check_extras())
     assert named(found, "decoder").status == "bad"
     assert named(found, "decoder").fix.startswith('python -m pip install "diffusers')
-    data = named(found, "data")  # never in the environment of the tests: nothing uses it yet
-    assert data.status == "note" and "datasets" in data.fix and "pyarrow" in data.fix
     assert "dev" not in {one.name for one in found}
+    from packaging.requirements import Requirement
+
+    absent = checkup._library(Requirement("a-library-that-nobody-wrote>=2,<3"), "extras", optional=True)
+    assert (absent.status, absent.fix) == ("note", 'python -m pip install "a-library-that-nobody-wrote<3,>=2"')
 
 
 def test_more_threads_than_cores_is_noted():

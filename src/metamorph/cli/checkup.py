@@ -29,7 +29,6 @@ GENERATE = "metamorph generate"
 GIB = 2**30
 CARD_MEMORY = 80  # GiB of one accelerator of the class that 8B models are trained on; only to say how many are needed
 _MODULES = {"huggingface-hub": "huggingface_hub", "pillow": "PIL", "pyyaml": "yaml"}
-_GRAVITY: tuple[Status, ...] = ("ok", "note", "bad")
 _NOT_FOR_USERS = ("dev", "all")
 # A broken installation fails to import in many ways: files missing, a library of another build, names that moved.
 _FAILURES = (MetaMorphError, ImportError, OSError, RuntimeError, AttributeError, ValueError, TypeError, KeyError, SyntaxError)
@@ -152,7 +151,8 @@ def check_extras() -> Iterator[Finding]:
         if extra in _NOT_FOR_USERS:
             continue
         found = [_library(one, "extras", optional=True) for one in requirements(extra)]
-        worst = max((one.status for one in found), key=_GRAVITY.index, default="ok")
+        statuses = {one.status for one in found}
+        worst: Status = "bad" if "bad" in statuses else "note" if "note" in statuses else "ok"
         said = ", ".join(f"{one.name} {one.found}" for one in found)
         fixes = [one.fix.removeprefix("python -m pip install ") for one in found if one.fix]
         fix = "python -m pip install " + " ".join(fixes) if fixes else ""
