@@ -1,7 +1,7 @@
 """The paper's diffusion decoder (docs/paper.md, section 6).
 
 The same settings start from a diffusion transformer of Sana's class: give its directory as `base`, its image size to the batches, and leave
-`objective` out, which is then as Sana was trained. There is no recipe for it, since nobody has published rates and steps for that move.
+`objective` out, which is then as Sana was trained. There is no recipe for it: we know of no published rates and steps for that move.
 """
 
 from __future__ import annotations
