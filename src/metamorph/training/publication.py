@@ -18,10 +18,10 @@ EVALUATION = "evaluation.json"
 def facts_of_run(config: RunConfig, results: Mapping[str, TrainResult]) -> CardFacts:
     """What is known of a run; paths are shortened to their last names."""
     training = {"recipe": f"{config.name}. {config.description}".strip(". ") + "."}
-    for stage in config.stages:
+    for number, stage in enumerate(config.stages):
         training[f"stage `{stage.name}`"] = _stage(stage, results.get(stage.name))
         data = stage.data or config.data
-        if data is not None and (stage.data is not None or stage is config.stages[0]):
+        if data is not None and (stage.data is not None or number == 0):
             training[f"data from stage `{stage.name}` on" if len(config.stages) > 1 else "data"] = _data(data)
     training["versions"] = ", ".join(f"{name} {version(name)}" for name in ("metamorph", "torch", "transformers"))
     return CardFacts(name=config.name, license=config.license, datasets=config.datasets, training=training, evaluation=_evaluation(config))
