@@ -198,16 +198,20 @@ def build_decoder_stream(config: DecoderConfig, training: TrainingConfig, encode
     return DecoderStream(lambda step: [make(step) for make in makers])
 
 
-def jsonl_source(path: str, root: str | None = None, name: str = "", set_aside: int = 0, check_images: bool = False) -> ExampleSource:
+def jsonl_source(
+    path: str, root: str | None = None, name: str = "", needs_answer: bool = True, set_aside: int = 0, check_images: bool = False
+) -> ExampleSource:
     """A file of records, for settings: images are relative to `root`, by default the file's folder.
 
+    `needs_answer` off takes records in which nobody answers, such as lone images for the decoder.
     Up to `set_aside` broken lines, with `check_images` also those of broken images, are left out and listed beside the file.
 
     Raises:
         RecordError: there is no such file, or more broken lines.
     """
     quarantine = Quarantine(set_aside, check_images=check_images) if set_aside or check_images else None
-    return JsonlSource(Path(path), root=None if root is None else Path(root), name=name, quarantine=quarantine)
+    folder = None if root is None else Path(root)
+    return JsonlSource(Path(path), root=folder, name=name, needs_answer=needs_answer, quarantine=quarantine)
 
 
 def load_source(config: SourceConfig) -> ExampleSource:
