@@ -89,7 +89,8 @@ _REMEDY = "Give a directory laid out as Stable Diffusion 1.5 (model_index.json, 
 
 def _index(path: str | Path) -> dict[str, Any]:
     try:
-        return dict(DiffusionPipeline.load_config(path))
+        index: Any = DiffusionPipeline.load_config(path)
+        return dict(index)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"no readable model_index.json but a saved diffusion model is needed ({path}): {error} {_REMEDY}") from error
 
