@@ -255,7 +255,7 @@ _DOCUMENTS: Shares = (
 )
 
 
-_LESSONS: Mapping[Lesson, Drawing[Callable[[np.random.Generator], str | Chat]]] = {
+_LESSONS: Mapping[str, Drawing[Callable[[np.random.Generator], str | Chat]]] = {
     lesson: Drawing([make for _, make in shares], [share for share, _ in shares])
     for lesson, shares in {"copying": _COPYING, "finding": _FINDING, "reading": _READING, "all": _DOCUMENTS}.items()
 }
