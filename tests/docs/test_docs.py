@@ -85,17 +85,6 @@ def test_what_is_not_executed_is_at_least_understood(block: Block):
             assert words[0] in {"pip", "."}, f"{command!r} ({block.place}) is neither executed nor understood"
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("words", [pytest.param(words, id=" ".join(words)) for words in [["metamorph_llama3_1_8b"]]])
-def test_recipes_that_need_the_hub_can_at_least_be_planned(words: list[str]):
-    from typer.testing import CliRunner
-
-    from metamorph.cli.main import app
-
-    result = CliRunner().invoke(app, ["train", *words, "--dry-run"])
-    assert result.exit_code == 0, result.output
-
-
 @pytest.mark.parametrize("page", PAGES)
 def test_commands_named_in_passing_exist(page: Path):
     for span in re.findall(r"(?<!`)`([^`\n]+)`(?!`)", prose(page)):
