@@ -70,6 +70,18 @@ def test_list_and_dry_run_of_the_papers_model():
         assert text in shown.output, text
 
 
+def test_the_plan_splits_all_but_what_every_process_keeps_whole():
+    from metamorph.recipes.shapes import empty_model
+    from metamorph.training.plan import BYTES_PER_WEIGHT, plan
+
+    config = metamorph_llama3_1_8b()
+    model = empty_model(config.model)
+    one, eight = (plan(config, model, processes)[1].memory_bytes for processes in (1, 8))
+    encoder = 428_225_600 * BYTES_PER_WEIGHT
+    activations = 4096 * 4096 * 32 * 2  # what is kept of each layer with checkpointing, in half precision
+    assert one - encoder - activations == pytest.approx(8 * (eight - encoder - activations), rel=1e-6)
+
+
 def test_typos_on_the_command_line_are_config_errors():
     for arguments, name in (
         (["microworld_demo", "--set", "stages.0.training.step=1"], "steps"),

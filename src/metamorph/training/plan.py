@@ -12,7 +12,7 @@ from torch import nn
 
 from metamorph.training.config import DataConfig, RunConfig, StageConfig, TrainingConfig
 from metamorph.training.optim import learning_rate_factor
-from metamorph.training.stages import count_parameters, select_trainable
+from metamorph.training.stages import REPLICATED, count_parameters, select_trainable
 
 BYTES_PER_WEIGHT = 4
 """Weights are kept in float32, whatever the precision of products."""
@@ -61,7 +61,8 @@ def _plan_stage(stage: StageConfig, data: DataConfig | None, model: nn.Module, p
     micro = min(training.micro_batch_size or share, share)
     length = data.max_length if data is not None else 0
     parameters = count_parameters(model)
-    weights = sum(total for total, _ in parameters.values()) * BYTES_PER_WEIGHT
+    weights = {name: total * BYTES_PER_WEIGHT for name, (total, _) in parameters.items()}
+    whole = sum(weights.pop(name, 0) for name in REPLICATED)
     trained = sum(trained for _, trained in parameters.values()) * BYTES_PER_TRAINED_WEIGHT
     activations = _activation_bytes(training, getattr(model, "config", None), micro * length)
     return StagePlan(
@@ -72,7 +73,7 @@ def _plan_stage(stage: StageConfig, data: DataConfig | None, model: nn.Module, p
         micro_batches=-(-share // micro),
         tokens_per_step=training.batch_size * length,
         learning_rates=_rates(training),
-        memory_bytes=(weights + trained) // processes + activations,
+        memory_bytes=(sum(weights.values()) + trained) // processes + whole + activations,
     )
 
 

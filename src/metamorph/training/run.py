@@ -41,7 +41,7 @@ from metamorph.training.config import RunConfig, StageConfig
 from metamorph.training.device import pick_device, processes, rank, world_size
 from metamorph.training.loop import TrainResult, train
 from metamorph.training.publication import facts_of_run
-from metamorph.training.stages import select_trainable
+from metamorph.training.stages import REPLICATED, select_trainable
 from metamorph.training.trackers import Tracker
 
 RunEvaluator = Callable[[Any, Any, int], Mapping[str, Any]]
@@ -118,7 +118,7 @@ def _run_model(config, results, train_stage, evaluators, on_stage, tracker) -> N
                 evaluators=bound,
                 tracker=tracker(stage.model_copy(update={"training": training})) if tracker else None,
                 start=start,
-                replicate=("vision_encoder",),
+                replicate=REPLICATED,
             )
         finally:
             stream.close()

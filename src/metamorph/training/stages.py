@@ -12,6 +12,9 @@ from torch import nn
 from metamorph.errors import ConfigError
 from metamorph.training.config import StageConfig, TrainingConfig, unknown_name
 
+REPLICATED = ("vision_encoder",)
+"""Frozen parts that every process keeps whole: not every batch runs them, so they cannot wait for each other."""
+
 
 def paper_stages(projector: TrainingConfig, joint: TrainingConfig) -> tuple[StageConfig, StageConfig]:
     """The two stages of the paper, with these settings; the visual loss of the first is switched off."""
