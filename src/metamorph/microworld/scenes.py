@@ -268,22 +268,28 @@ def draw_object(cell: Float[np.ndarray, "32 32 3"], thing: SceneObject) -> Float
 
 
 @lru_cache(maxsize=len(BACKGROUNDS))
-def _bare(background: str) -> tuple[UInt8[np.ndarray, "64 64 3"], Float[np.ndarray, "3 64 64"]]:
-    """The picture of a bare background, and its exact values, colours first."""
+def _bare(background: str) -> tuple[UInt8[np.ndarray, "64 64 3"], tuple[Float[np.ndarray, "3 32 32"], ...]]:
+    """The picture of a bare background, and the exact values of its cells, colours first."""
     exact = background_pixels(background)
-    return (exact + 0.5).astype(np.uint8), np.ascontiguousarray(np.moveaxis(exact, -1, 0))
+    cells = tuple(np.ascontiguousarray(np.moveaxis(exact[window_of(cell)], -1, 0)) for cell in range(len(CELLS)))
+    return (exact + 0.5).astype(np.uint8), cells
+
+
+def window_of(cell: int) -> tuple[slice, slice]:
+    """Rows and columns of a cell."""
+    top, left = CELL_SIZE * (cell // 2), CELL_SIZE * (cell % 2)
+    return slice(top, top + CELL_SIZE), slice(left, left + CELL_SIZE)
 
 
 def render(scene: Scene) -> UInt8[np.ndarray, "64 64 3"]:
     """The picture of a scene, RGB."""
-    bare, exact = _bare(scene.background)
+    bare, cells = _bare(scene.background)
     picture = bare.copy()
     for thing in scene.objects:
-        top, left = CELL_SIZE * (thing.cell // 2), CELL_SIZE * (thing.cell % 2)
-        rows, columns = slice(top, top + CELL_SIZE), slice(left, left + CELL_SIZE)
-        painted = (_painted(exact[:, rows, columns], thing).astype(np.float32, copy=False) + 0.5).astype(np.uint8)
+        window = picture[window_of(thing.cell)]
+        painted = (_painted(cells[thing.cell], thing).astype(np.float32, copy=False) + 0.5).astype(np.uint8)
         for colour in range(3):
-            picture[rows, columns, colour] = painted[colour]
+            window[..., colour] = painted[colour]
     return picture
 
 
@@ -291,8 +297,7 @@ def crop_cell(image: UInt8[np.ndarray, "64 64 3"], cell: int) -> UInt8[np.ndarra
     """One cell of a picture, enlarged to a picture of its own (bilinear)."""
     from PIL import Image
 
-    top, left = CELL_SIZE * (cell // 2), CELL_SIZE * (cell % 2)
-    part = Image.fromarray(image[top : top + CELL_SIZE, left : left + CELL_SIZE])
+    part = Image.fromarray(image[window_of(cell)])
     return np.asarray(part.resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BILINEAR))
 
 

@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Float, UInt8
 from PIL import Image, ImageFilter
 
-from metamorph.microworld.scenes import CELL_SIZE, COLOURS, IMAGE_SIZE, SHAPES, Scene, SceneObject, coverage, render
+from metamorph.microworld.scenes import CELL_SIZE, COLOURS, IMAGE_SIZE, SHAPES, Scene, SceneObject, coverage, render, window_of
 from metamorph.microworld.world import SceneRules, choose, sample_scene
 
 # Neighbours on the palette whose middle is neither: (222, 44, 44) and (246, 138, 26) make a vermilion, and so on.
@@ -44,16 +44,11 @@ def _to_picture(values: Float[np.ndarray, "64 64 3"]) -> Picture:
     return np.clip(values + 0.5, 0, 255).astype(np.uint8)
 
 
-def _window(cell: int) -> tuple[slice, slice]:
-    top, left = CELL_SIZE * (cell // 2), CELL_SIZE * (cell % 2)
-    return slice(top, top + CELL_SIZE), slice(left, left + CELL_SIZE)
-
-
 def _half_erased(scene: Scene, rng: np.random.Generator) -> Picture:
     """One half of one object gives way to the background."""
     thing = choose(rng, scene.objects)
     image, bare = render(scene), render(scene.without(thing.cell))
-    window = _window(thing.cell)
+    window = window_of(thing.cell)
     half = [slice(None), slice(None)]
     axis, middle = int(rng.integers(2)), CELL_SIZE // 2
     half[axis] = slice(0, middle) if rng.random() < 0.5 else slice(middle, None)
@@ -85,7 +80,7 @@ def _strange_colour(scene: Scene, rng: np.random.Generator) -> Picture:
     """One object is brown, grey, olive, ..."""
     thing = choose(rng, scene.objects)
     image = render(scene.without(thing.cell)).astype(np.float32)
-    alpha, window = coverage(thing)[..., None], _window(thing.cell)
+    alpha, window = coverage(thing)[..., None], window_of(thing.cell)
     image[window] = image[window] * (1 - alpha) + np.array(choose(rng, _STRANGE_COLOURS)) * alpha
     return _to_picture(image)
 
@@ -95,7 +90,7 @@ def _strange_background(scene: Scene, rng: np.random.Generator) -> Picture:
     image = np.broadcast_to(np.array(choose(rng, _STRANGE_BACKGROUNDS), dtype=np.float32), (IMAGE_SIZE, IMAGE_SIZE, 3)).copy()
     whole = render(scene)
     for thing in scene.objects:
-        alpha, window = coverage(thing)[..., None], _window(thing.cell)
+        alpha, window = coverage(thing)[..., None], window_of(thing.cell)
         image[window] = image[window] * (1 - alpha) + whole[window] * alpha
     return _to_picture(image)
 
@@ -129,7 +124,7 @@ def _between_sizes(scene: Scene, rng: np.random.Generator) -> Picture:
 def _turned(scene: Scene, rng: np.random.Generator) -> Picture:
     """One object is turned by a part of a right angle."""
     thing = replace(choose(rng, scene.objects), shape=choose(rng, ("square", "triangle", "cross", "heart", "moon")), dx=0.0, dy=0.0)
-    bare, window = render(scene.without(thing.cell)), _window(thing.cell)
+    bare, window = render(scene.without(thing.cell)), window_of(thing.cell)
     part = Image.fromarray(render(scene.with_object(thing))[window])
     fill = tuple(int(value) for value in bare[window][0, 0])
     angle = float(rng.uniform(30, 60)) * (1 if rng.random() < 0.5 else -1)
@@ -143,7 +138,7 @@ def _overlapping(scene: Scene, rng: np.random.Generator) -> Picture:
     others = [shape for shape in SHAPES if shape != thing.shape]
     other = SceneObject(choose(rng, others), choose(rng, [c for c in COLOURS if c != thing.colour]), thing.size, thing.cell, dx=5.0, dy=3.0)
     image = render(scene).astype(np.float32)
-    alpha, window = coverage(other)[..., None], _window(thing.cell)
+    alpha, window = coverage(other)[..., None], window_of(thing.cell)
     image[window] = image[window] * (1 - alpha) + render(scene.with_object(other))[window] * alpha
     return _to_picture(image)
 
@@ -152,7 +147,7 @@ def _shuffled(scene: Scene, rng: np.random.Generator) -> Picture:
     """The quarters of one object's cell change places across the diagonal."""
     thing = choose(rng, scene.objects)
     image = render(scene)
-    image[_window(thing.cell)] = np.roll(image[_window(thing.cell)], (CELL_SIZE // 2, CELL_SIZE // 2), axis=(0, 1))
+    image[window_of(thing.cell)] = np.roll(image[window_of(thing.cell)], (CELL_SIZE // 2, CELL_SIZE // 2), axis=(0, 1))
     return image
 
 
