@@ -72,12 +72,14 @@ class Chat:
         """Put the question, show the answer while it comes, keep both if it was not stopped."""
         from metamorph.messages import Message
         from metamorph.model.events import message_of
+        from metamorph.pipeline import Picture
 
         question = Message.user(*self.attached, *([text] if text else []))
         events: list[Any] = []
         for event in self.pipeline.stream([*self.messages, question], seed=self.seed, **self.settings):
-            events.append(event)
             self._show(event)
+            if not isinstance(event, Picture):  # the message keeps what was said, visual tokens; pixels were only shown
+                events.append(event)
         answer = message_of(events)
         if not answer.parts:
             typer.echo("The model said nothing; the question is forgotten.", err=True)
