@@ -65,7 +65,9 @@ class Data:
         labels = self.inputs.get(f"{case}.labels", torch.full_like(ids, IGNORE_INDEX))
         mask = self.inputs.get(f"{case}.attention_mask", torch.ones_like(ids)).bool()
         images = iter(self.inputs["images"][self.inputs[f"{case}.image_index"]])
-        return [self._row(ids[row, real], labels[row, real], images, f"{case} {row}") for row, real in enumerate(mask)]
+        own = [self._row(ids[row, real], labels[row, real], images, f"{case} {row}") for row, real in enumerate(mask)]
+        assert not list(images), "every image belongs to a row, or is the empty one that a row of text spends"
+        return own
 
     def _row(self, ids: Tensor, labels: Tensor, images: Any, name: str) -> TokenSequence:
         out_ids, out_labels, pixels, targets = [], [], [], []
@@ -78,8 +80,8 @@ class Data:
             else:
                 out_ids.append(token)
                 out_labels.append(label)
-        if not pixels and name[0] != "g":
-            next(images)  # their data path spends an all-zero image on a row without any; ours does not, so it is thrown away here
+        if not pixels:
+            next(images, None)  # their training data spends an all-zero image on a row without any; ours does not: it is thrown away here
         side = self.inputs["images"].shape[-1]
         input_ids = torch.tensor(out_ids)
         return TokenSequence(

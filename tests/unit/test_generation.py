@@ -374,3 +374,25 @@ def test_half_a_character_is_shown_as_broken_at_the_end(tokenizer):
     assert detokenizer.flush() == "\ufffd"
     assert detokenizer.push(tokenizer.eos_token_id) == ""
     assert "".join(detokenizer.push(token_id) for token_id in butterfly) == "a🦋"
+
+
+def test_a_cache_that_was_changed_from_outside_goes_on_from_what_it_holds_now(parts, prompts):
+    """The room behind the columns is used only by whoever still stands at its end."""
+    model, processor = parts
+    state = prefill(model, [prompts[0], prompts[0]], vocabulary_of(model, processor), GREEDY)
+    state, _ = step(model, state)
+    layer = state.cache.layers[0]
+    layer.reorder_cache(torch.tensor([1, 0]))
+    new = torch.full((*layer.keys.shape[:2], 1, layer.keys.shape[-1]), 7.0)
+    before = layer.keys.clone()
+    keys, _ = layer.update(new, new)
+    assert torch.equal(keys, torch.cat([before, new], dim=2))
+    with torch.inference_mode():
+        layer.update(new, new)
+    layer.update(new, new)
+    assert layer.get_seq_length() == before.shape[2] + 3
+
+
+def test_at_least_one_row_is_needed(parts, prompts):
+    with pytest.raises(ConfigError, match="max_rows=0 but at least 1"):
+        generate(*parts, prompts, max_rows=0)

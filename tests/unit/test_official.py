@@ -108,8 +108,15 @@ def test_with_a_tokenizer_the_processor_is_written_too(official, tmp_path):
     convert_official(official, tmp_path / "out", tokenizer=tmp_path / "tokenizer")
     model, processor = load(tmp_path / "out")
     assert (processor.image_start_id, processor.image_end_id, processor.image_token_id) == (298, 299, 300)
+    assert processor.tokenizer.eos_token_id in model.generation_config.eos_token_id  # the template's end of turn ends an answer too
     row = processor.encode([Message.user("hi"), Message.assistant("ho")])
     assert model(row.input_ids[None], labels=row.labels[None]).loss.isfinite()
+
+
+def test_saved_generation_settings_are_kept(official, tmp_path):
+    (official / "generation_config.json").write_text('{"eos_token_id": [1, 2, 7], "temperature": 0.6}')
+    convert_official(official, tmp_path / "out")
+    assert MetaMorph.from_pretrained(tmp_path / "out").generation_config.eos_token_id == [1, 2, 7]
 
 
 def test_a_tokenizer_of_another_model_is_refused(official, tmp_path):

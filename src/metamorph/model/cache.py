@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 from transformers import DynamicCache
@@ -41,6 +42,11 @@ class Store:
             room.narrow(-2, 0, length).copy_(side)
         return cls(rooms[0], rooms[1], length)
 
+    def ends_with(self, keys: Float[Tensor, "b heads t width"]) -> bool:
+        """Whether these columns are all that the store holds: nobody has gone on from them, or put other tensors in their place."""
+        same = keys.data_ptr() == self.keys.data_ptr() and keys.shape[:-2] == self.keys.shape[:-2] and keys.shape[-2] == self.filled
+        return same and self.keys.is_inference() == torch.is_inference_mode_enabled()  # tensors of one mode cannot be written in the other
+
 
 class GrowingLayer(DynamicLayer):
     """The columns of one layer: `keys` and `values`, as `transformers` expects them, look at the front of a store."""
@@ -56,7 +62,7 @@ class GrowingLayer(DynamicLayer):
             return self.keys, self.values
         assert self.keys is not None and self.values is not None
         store = self.store
-        if store is None or store.filled != length or length + new > store.keys.shape[-2]:
+        if store is None or not store.ends_with(self.keys) or length + new > store.keys.shape[-2]:
             store = self.store = Store.holding(self.keys, self.values, new)
         store.keys.narrow(-2, length, new).copy_(key_states)
         store.values.narrow(-2, length, new).copy_(value_states)

@@ -24,7 +24,7 @@ def load_checkpoint(load: Callable[..., Any], path: str | Path, *args: Any, outp
         CheckpointError: files are missing, broken or of another shape, or the special tokens are absent.
     """
     kwargs |= {"use_safetensors": True}
-    kwargs.setdefault("dtype", torch.float32)
+    kwargs.setdefault("dtype", kwargs.pop("torch_dtype", torch.float32))  # the older name of the same setting
     try:
         model, report = load(path, *args, output_loading_info=True, **kwargs)
     except CheckpointError:

@@ -84,7 +84,7 @@ def initialize(llm: str | Path, vision: str | Path, *, seed: int = 0, **choices:
     processor = MetaMorphProcessor(tokenizer, num_visual_tokens=config.num_visual_tokens, **settings)
     end_of_turn = check_template(processor)
     model = _assemble(config, language_model, encoder, seed)
-    model.generation_config.eos_token_id = _with_end_of_turn(model.generation_config.eos_token_id, end_of_turn)
+    model.generation_config.eos_token_id = with_end_of_turn(model.generation_config.eos_token_id, end_of_turn)
     check_reading(model)
     check_encoder(model, processor.image_size)
     return model, processor
@@ -223,7 +223,8 @@ def _assemble(config: MetaMorphConfig, language_model: PreTrainedModel, encoder:
     return model.eval()
 
 
-def _with_end_of_turn(known: int | list[int] | None, end_of_turn: int) -> list[int]:
+def with_end_of_turn(known: int | list[int] | None, end_of_turn: int) -> list[int]:
+    """The ids that end an answer, with the one that the chat template ends a turn with."""
     ids = [] if known is None else [known] if isinstance(known, int) else list(known)
     return ids if end_of_turn in ids else [*ids, end_of_turn]
 

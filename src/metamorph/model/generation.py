@@ -116,13 +116,11 @@ def prefill(
         ContextLengthError: a prompt leaves no room for an answer, with its images and positions.
         ConfigError: the numbers of prompts, options, seeds and keys differ, or an image that must be drawn does not fit.
     """
-    count = len(prompts)
-    every_options = [options] * count if isinstance(options, DecodingOptions) else list(options)
-    every_seed = [seeds] * count if isinstance(seeds, int) else list(seeds)
-    every_key = list(range(count)) if keys is None else list(keys)
-    if not count or not len(every_options) == len(every_seed) == len(set(every_key)) == count:
-        found = f"{len(every_options)} options, {len(every_seed)} seeds and {len(set(every_key))} different keys"
-        raise ConfigError(f"{found} but {count} prompts (prefill). Give at least one prompt, and one of each for every prompt.")
+    every_options, every_seed = _one_for_each(prompts, options, seeds)
+    every_key = list(range(len(prompts))) if keys is None else list(keys)
+    if not prompts or len(set(every_key)) != len(prompts):
+        found = f"{len(set(every_key))} different keys but {len(prompts)} prompts"
+        raise ConfigError(f"{found} (prefill). Give at least one prompt, and every prompt a key of its own.")
     slots = []
     for prompt, row_options, seed, key in zip(prompts, every_options, every_seed, every_key, strict=True):
         slot = Slot(key=key, options=row_options, seed=seed, num_prompt=len(prompt))
@@ -233,13 +231,10 @@ def _emit(
     max_rows: int,
 ) -> Iterator[Emission]:
     """What the rows say, step by step; the key of an emission is the number of its prompt."""
-    count = len(prompts)
-    every_options = [options] * count if isinstance(options, DecodingOptions) else list(options)
-    every_seed = [seeds] * count if isinstance(seeds, int) else list(seeds)
-    if not count == len(every_options) == len(every_seed):
-        found = f"{len(every_options)} options and {len(every_seed)} seeds but {count} prompts"
-        raise ConfigError(f"{found} (generation). Give one of each for every prompt, or one for all.")
-    waiting, state = deque(range(count)), None
+    every_options, every_seed = _one_for_each(prompts, options, seeds)
+    if max_rows < 1:
+        raise ConfigError(f"max_rows={max_rows} but at least 1 is needed (generation). Raise it.")
+    waiting, state = deque(range(len(prompts))), None
     was_training = model.training
     model.eval()  # dropout off; and gradient checkpointing, active in training mode only, would leave the cache empty
     try:
@@ -256,6 +251,19 @@ def _emit(
             state = None if state.finished else drop_finished(state)
     finally:
         model.train(was_training)
+
+
+def _one_for_each(
+    prompts: Sequence[TokenSequence], options: DecodingOptions | Sequence[DecodingOptions], seeds: int | Sequence[int]
+) -> tuple[list[DecodingOptions], list[int]]:
+    """Options and seed of every prompt, where one may stand for all."""
+    count = len(prompts)
+    every_options = [options] * count if isinstance(options, DecodingOptions) else list(options)
+    every_seed = [seeds] * count if isinstance(seeds, int) else list(seeds)
+    if not count == len(every_options) == len(every_seed):
+        found = f"{len(every_options)} options and {len(every_seed)} seeds but {count} prompts"
+        raise ConfigError(f"{found} (generation). Give one of each for every prompt, or one for all.")
+    return every_options, every_seed
 
 
 def left_pad(prompts: Sequence[TokenSequence]) -> Batch:

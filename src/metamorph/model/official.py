@@ -20,6 +20,7 @@ from transformers import AddedToken, AutoTokenizer, GenerationConfig, LlamaConfi
 
 from metamorph.errors import CheckpointError, ConfigError
 from metamorph.model.configuration import IMAGE_END_TOKEN, IMAGE_START_TOKEN, IMAGE_TOKEN, MetaMorphConfig
+from metamorph.model.conversion import with_end_of_turn
 from metamorph.model.modeling import MetaMorph
 from metamorph.model.processing import MetaMorphProcessor, check_template
 from metamorph.model.vision_encoder import load_vision_model
@@ -69,16 +70,24 @@ def convert_official(
     vision_config = _vision_config(settings, tensors, directory) if encoder is None else encoder.config
     config = _config(settings, vision_config, words, directory)
     _check_tensors(config, tensors, directory)
+    generation = _generation_config(directory, config)
     if words is not None:
         side = config.vision_config.image_size
         processor = MetaMorphProcessor(words, config.num_visual_tokens, (side, side), max_length=config.text_config.max_position_embeddings)
-        check_template(processor)
+        generation.eos_token_id = with_end_of_turn(generation.eos_token_id, check_template(processor))
         processor.save_pretrained(out)
     out.mkdir(parents=True, exist_ok=True)
     config.save_pretrained(out)
-    GenerationConfig.from_model_config(config.text_config).save_pretrained(out)
+    generation.save_pretrained(out)
     save_torch_state_dict(dict(tensors), out)
     return config
+
+
+def _generation_config(directory: Path, config: MetaMorphConfig) -> GenerationConfig:
+    """The settings saved with the checkpoint, among them all ids that end an answer; else those of the LLM's config."""
+    if (directory / "generation_config.json").is_file():
+        return GenerationConfig.from_pretrained(directory)
+    return GenerationConfig.from_model_config(config.text_config)
 
 
 def _read_settings(directory: Path) -> dict[str, Any]:
