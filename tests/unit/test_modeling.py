@@ -323,6 +323,13 @@ def test_a_broken_checkpoint_is_refused_saying_what_to_do(tmp_path, how, words):
     assert "metamorph init" in str(refusal.value)
 
 
+@pytest.mark.parametrize("name", ["dtype", "torch_dtype"])
+def test_the_precision_that_is_asked_for_is_loaded_by_both_of_its_names(tmp_path, name):
+    make().save_pretrained(tmp_path)
+    assert MetaMorph.from_pretrained(tmp_path).dtype == torch.float32
+    assert MetaMorph.from_pretrained(tmp_path, **{name: torch.bfloat16}).dtype == torch.bfloat16
+
+
 def test_gradient_checkpointing_changes_nothing_but_memory():
     batch, gradients = pad(rows()), []
     for checkpointing in (False, True):
