@@ -8,12 +8,12 @@ WORKERS ?= 2
 BIN     := $(VENV)/bin
 RUN     := $(VENV)/.run-installed
 DEV     := $(VENV)/.dev-installed
-SOURCES := src tests
+SOURCES := src tests benchmarks examples
 
 # Tests run in WORKERS processes with one thread each: more threads than cores makes small models many times slower.
 PYTEST  := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
-.PHONY: help demo evaluate test test-slow check lint types imports docs format clean
+.PHONY: help demo evaluate test test-slow check lint types imports docs benchmarks format clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -45,6 +45,9 @@ imports: $(DEV)  ## who may import whom
 
 docs: $(DEV)  ## the documentation site, in build/docs; fails on warnings
 	$(BIN)/zensical build --strict --clean
+
+benchmarks: $(DEV)  ## imports, data, waiting for data, generation: half an hour on an idle machine
+	for name in imports data data_wait generation table; do $(BIN)/python benchmarks/$$name.py || exit 1; done
 
 format: $(DEV)  ## rewrite the sources in the house format
 	$(BIN)/ruff check --fix $(SOURCES)
