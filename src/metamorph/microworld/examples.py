@@ -14,7 +14,7 @@ from PIL import Image
 
 from metamorph.messages import Example, ImagePart, Message, Part, TextPart, VideoPart
 from metamorph.microworld.rows import KINDS, Picture, Row, RowPart
-from metamorph.microworld.scenes import crop_cell, render
+from metamorph.microworld.scenes import IMAGE_SIZE, crop_cell, render
 from metamorph.microworld.text import document
 from metamorph.microworld.world import Drawing, Split, generator
 
@@ -35,7 +35,9 @@ _KIND_SEEDS = {kind: number for number, kind in enumerate(sorted([*KINDS, "text"
 def draw(picture: Picture) -> Image.Image:
     """The pixels of a picture in a row."""
     pixels = render(picture.scene)
-    return Image.fromarray(pixels if picture.crop is None else crop_cell(pixels, picture.crop))
+    if picture.crop is not None:
+        pixels = crop_cell(pixels, picture.crop)
+    return Image.frombytes("RGB", (IMAGE_SIZE, IMAGE_SIZE), pixels.tobytes())
 
 
 def _part(part: RowPart) -> Part:

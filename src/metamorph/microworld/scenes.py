@@ -262,6 +262,13 @@ def _painted(cell: Float[np.ndarray, "3 32 32"], thing: SceneObject) -> Float[np
     return cell * (1 - alpha) + paint * alpha
 
 
+@lru_cache(maxsize=16)  # in clips, edits and crops most objects stay as they were
+def _painted_on(background: str, thing: SceneObject) -> UInt8[np.ndarray, "3 32 32"]:
+    """The pixels of an object's cell, colours first."""
+    painted = _painted(_bare(background)[1][thing.cell], thing)
+    return (painted.astype(np.float32, copy=False) + 0.5).astype(np.uint8)
+
+
 def draw_object(cell: Float[np.ndarray, "32 32 3"], thing: SceneObject) -> Float[np.ndarray, "32 32 3"]:
     """Paint one object over the pixels of its cell (0..255)."""
     return np.ascontiguousarray(np.moveaxis(_painted(np.moveaxis(cell, -1, 0), thing), 0, -1))
@@ -283,11 +290,9 @@ def window_of(cell: int) -> tuple[slice, slice]:
 
 def render(scene: Scene) -> UInt8[np.ndarray, "64 64 3"]:
     """The picture of a scene, RGB."""
-    bare, cells = _bare(scene.background)
-    picture = bare.copy()
+    picture = _bare(scene.background)[0].copy()
     for thing in scene.objects:
-        window = picture[window_of(thing.cell)]
-        painted = (_painted(cells[thing.cell], thing).astype(np.float32, copy=False) + 0.5).astype(np.uint8)
+        window, painted = picture[window_of(thing.cell)], _painted_on(scene.background, thing)
         for colour in range(3):
             window[..., colour] = painted[colour]
     return picture
@@ -303,6 +308,10 @@ def crop_cell(image: UInt8[np.ndarray, "64 64 3"], cell: int) -> UInt8[np.ndarra
 
 def jittered(thing: SceneObject, rng: np.random.Generator) -> SceneObject:
     """The same object with fresh jitter."""
-    dx, dy = rng.uniform(-MAX_JITTER, MAX_JITTER, 2)
-    stretch = float(rng.uniform(-MAX_STRETCH, MAX_STRETCH))
-    return SceneObject(thing.shape, thing.colour, thing.size, thing.cell, thing.marking, float(dx), float(dy), stretch)
+    return SceneObject(thing.shape, thing.colour, thing.size, thing.cell, thing.marking, *jitter(rng))
+
+
+def jitter(rng: np.random.Generator) -> tuple[float, float, float]:
+    """A random `dx`, `dy` and `stretch`."""
+    dx, dy = rng.uniform(-MAX_JITTER, MAX_JITTER, 2).tolist()
+    return dx, dy, rng.uniform(-MAX_STRETCH, MAX_STRETCH)

@@ -22,6 +22,7 @@ from metamorph.microworld.scenes import (
     Motion,
     Scene,
     SceneObject,
+    jitter,
     jittered,
 )
 
@@ -90,19 +91,23 @@ def sample_object(rng: np.random.Generator, cell: int, rules: SceneRules) -> Sce
         size = TINY if not glyph and rng.random() < rules.tiny_rate else choose(rng, SIZES)
         marked = not glyph and size != TINY and rng.random() < rules.marking_rate
         shape, colour = choose(rng, GLYPHS if glyph else SHAPES), choose(rng, COLOURS)
-        thing = SceneObject(shape, colour, size, cell, choose(rng, MARKINGS[1:]) if marked else "plain")
-        if is_allowed(thing, rules):
-            return jittered(thing, rng)
+        marking = choose(rng, MARKINGS[1:]) if marked else "plain"
+        if _look_is_allowed((shape, colour, marking), rules):
+            return SceneObject(shape, colour, size, cell, marking, *jitter(rng))
 
 
 def is_allowed(thing: SceneObject, rules: SceneRules) -> bool:
     """Whether an unnamed object may stand in a picture under the rules."""
+    return _look_is_allowed(thing.look, rules)
+
+
+def _look_is_allowed(look: tuple[str, str, str], rules: SceneRules) -> bool:
     if rules.use == "any":
         return True
-    held_out = (thing.colour, thing.shape) in HELD_OUT_PAIRS
+    held_out = (look[1], look[0]) in HELD_OUT_PAIRS
     if rules.held_out_only:
-        return held_out and thing.look not in by_look()
-    return thing.look not in by_look() and not (rules.use == "drawn" and held_out)
+        return held_out and look not in by_look()
+    return look not in by_look() and not (rules.use == "drawn" and held_out)
 
 
 def sample_scene(rng: np.random.Generator, rules: SceneRules) -> Scene:
@@ -121,10 +126,11 @@ def sample_named_scene(rng: np.random.Generator, named: NamedLook, rules: SceneR
     Raises:
         ComponentError: the split holds no such scene (a name alone may stand in none of a small split).
     """
+    anywhere, naming = replace(rules, split=None), replace(rules, named=(named,))
     for _ in range(MAX_TRIES):
-        scene = sample_scene(rng, replace(rules, split=None))
+        scene = sample_scene(rng, anywhere)
         cell = choose(rng, [thing.cell for thing in scene.objects])
-        scene = scene.with_object(sample_object(rng, cell, replace(rules, named=(named,))))
+        scene = scene.with_object(sample_object(rng, cell, naming))
         if rules.split is None or split_of(scene) == rules.split:
             return scene
     raise ComponentError(f"no scene in {MAX_TRIES} tries but one with a {named.name} was expected ({rules}). Allow more objects.")
