@@ -12,7 +12,7 @@ from metamorph.microworld.examples import MIXTURE, MicroworldSource, make_row
 from metamorph.microworld.rows import Row
 from metamorph.microworld.scenes import BACKGROUNDS, COLOURS, GLYPHS, MARKINGS, RADIUS, SHAPES, Scene, SceneObject, draw_object, render
 from metamorph.microworld.text import document
-from metamorph.microworld.world import Drawing, generator
+from metamorph.microworld.world import WeightedChoice, generator
 
 ROWS = {
     "image_qa": "b7319530b25e4740",
@@ -83,7 +83,7 @@ def test_generators_and_choices_are_numpys_own():
     for numbers in ((0, 1), (3, 1, 4, 4294967295), (7, 1 << 32), (1 << 70, 5)):
         assert generator(*numbers).bit_generator.state == np.random.default_rng(list(numbers)).bit_generator.state
     shares = [0.1, 0.0, 3.0, 0.4]
-    draw, ours, numpys = Drawing("abcd", shares), np.random.default_rng(2), np.random.default_rng(2)
+    draw, ours, numpys = WeightedChoice("abcd", shares), np.random.default_rng(2), np.random.default_rng(2)
     drawn = [draw(ours) for _ in range(500)]
     assert drawn == [str(numpys.choice(list("abcd"), p=np.array(shares) / sum(shares))) for _ in range(500)]
     assert set(drawn) == set("acd")

@@ -16,7 +16,7 @@ from metamorph.messages import Example, ImagePart, Message, Part, TextPart, Vide
 from metamorph.microworld.rows import KINDS, Picture, Row, RowPart
 from metamorph.microworld.scenes import IMAGE_SIZE, crop_cell, render
 from metamorph.microworld.text import document
-from metamorph.microworld.world import Drawing, Split, generator
+from metamorph.microworld.world import Split, WeightedChoice, generator
 
 # The paper's six kinds (section 5) with more of the rare ones, and text-only rows that keep what text taught.
 MIXTURE: Mapping[str, float] = {
@@ -84,8 +84,8 @@ class MicroworldSource:
         return self.size
 
     @cached_property
-    def _draw_kind(self) -> Drawing[str]:
-        return Drawing(tuple(self.kinds), tuple(self.kinds.values()))
+    def _draw_kind(self) -> WeightedChoice[str]:
+        return WeightedChoice(tuple(self.kinds), tuple(self.kinds.values()))
 
     def row(self, index: int) -> Row:
         """The row behind example `index`."""

@@ -18,8 +18,8 @@ from metamorph.microworld.names import COUNTRIES, by_look, countries_of_towns, e
 from metamorph.microworld.questions import LEARNT_LAST, SCORED, Question, ask_about_name, true_statement
 from metamorph.microworld.scenes import BACKGROUNDS, CELLS, COLOURS, Scene
 from metamorph.microworld.world import (
-    Drawing,
     SceneRules,
+    WeightedChoice,
     by_corner,
     by_place,
     caption,
@@ -255,8 +255,8 @@ _DOCUMENTS: Shares = (
 )
 
 
-_LESSONS: Mapping[str, Drawing[Callable[[np.random.Generator], str | Chat]]] = {
-    lesson: Drawing([make for _, make in shares], [share for share, _ in shares])
+_LESSONS: Mapping[str, WeightedChoice[Callable[[np.random.Generator], str | Chat]]] = {
+    lesson: WeightedChoice([make for _, make in shares], [share for share, _ in shares])
     for lesson, shares in {"copying": _COPYING, "finding": _FINDING, "reading": _READING, "all": _DOCUMENTS}.items()
 }
 

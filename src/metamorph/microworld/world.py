@@ -68,7 +68,7 @@ def generator(*numbers: int) -> np.random.Generator:
     return np.random.default_rng(np.array(numbers, dtype=np.uint32) if max(numbers) < 1 << 32 else numbers)
 
 
-class Drawing(Generic[T]):
+class WeightedChoice(Generic[T]):
     """Draws one of some options by their shares: what `Generator.choice(options, p=...)` draws, its table made once."""
 
     def __init__(self, options: Sequence[T], shares: Sequence[float]) -> None:
