@@ -132,6 +132,19 @@ def test_the_encoder_never_gets_a_gradient_and_targets_are_detached():
     assert all(p.grad is None for p in model.vision_encoder.parameters())
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_pixels_go_to_the_encoder_wherever_the_language_model_is():
+    model = make()
+    pixels = torch.cat([row.pixel_values for row in rows()])
+    expected = model.encode_images(pixels)
+    model.vision_encoder.cuda()  # as in a decoder's run: `model.device` is still that of the language model
+    assert model.device.type == "cpu"
+    tokens = model.encode_images(pixels.to(model.device))
+    assert tokens.device.type == "cuda"
+    torch.testing.assert_close(tokens.cpu(), expected, rtol=1e-3, atol=1e-3)
+
+
 def test_given_visual_tokens_stand_in_for_pixels():
     model, row = make(), rows()[0]
     tokens = model.encode_images(row.pixel_values)

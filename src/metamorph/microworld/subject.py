@@ -69,7 +69,7 @@ class Subject:
         """True visual tokens of pictures."""
         model = self.pipeline.model
         parts = [
-            model.encode_images(to_pixels([np.asarray(draw(picture)) for picture in pictures[start : start + 100]]).to(model.device))
+            model.encode_images(to_pixels([np.asarray(draw(picture)) for picture in pictures[start : start + 100]]))
             for start in range(0, len(pictures), 100)
         ]
         return torch.cat(parts).cpu()

@@ -120,8 +120,9 @@ class MetaMorph(HubModel):
         self.language_model.set_output_embeddings(new_embeddings)
 
     def encode_images(self, pixel_values: Float[Tensor, "n 3 h w"]) -> Float[Tensor, "n k v"]:
-        """Visual tokens of images, float32, without gradient."""
-        return self.vision_encoder(pixel_values)
+        """Visual tokens of images, float32, without gradient. Pixels may lie anywhere; the tokens come where the encoder is."""
+        device = next(self.vision_encoder.parameters()).device
+        return self.vision_encoder(pixel_values if device.type == "meta" else pixel_values.to(device))  # meta: weights that are offloaded
 
     def project(self, visual_tokens: Float[Tensor, "... v"]) -> Float[Tensor, "... d"]:
         """Visual tokens as embeddings of the LLM. What the projector writes is what the first layer reads, in every family."""
@@ -237,11 +238,6 @@ class MetaMorph(HubModel):
             inputs_embeds=embeddings, attention_mask=mask, position_ids=position_ids, past_key_values=cache, use_cache=use_cache, **kwargs
         )
         return states.last_hidden_state, states.past_key_values if use_cache else None
-
-    @classmethod
-    def can_generate(cls) -> bool:
-        """Whether HF's own generation applies: no, it knows one head only; `generate` here is ours."""
-        return False
 
     def generate(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,

@@ -123,7 +123,7 @@ class TokenEncoder:
 
     def __call__(self, pixels: Float[Tensor, "n 3 h w"]) -> Float[Tensor, "n k v"]:
         """Visual tokens."""
-        return self.model.encode_images(pixels.to(next(self.model.vision_encoder.parameters()).device)).cpu()
+        return self.model.encode_images(pixels).cpu()
 
     def prepare(self, image: Image) -> Float[Tensor, "3 h w"]:
         """Pixels as the encoder reads them."""
