@@ -1,5 +1,6 @@
 """PEFT's LoRA on a MetaMorph: what it reaches, that it trains, and that all of it survives saving, loading and merging."""
 
+import peft
 import pytest
 import torch
 from tests.tiny import make_eager_to_draw, save_parts
@@ -10,8 +11,6 @@ from metamorph.messages import ImagePart, Message
 from metamorph.model import MetaMorph, initialize
 from metamorph.model.adapters import lora_settings, lora_targets
 from metamorph.pipeline import MetaMorphPipeline
-
-peft = pytest.importorskip("peft")
 
 # peft 0.21 still asks transformers 5.23 by the old names
 pytestmark = pytest.mark.filterwarnings("ignore:.(is_)?gradient_checkpointing(_enable)?. is deprecated:FutureWarning")

@@ -56,7 +56,6 @@ def test_trainer_computes_what_our_loop_computes(model_dir, tmp_path, processes)
 
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")  # TRL's own
 def test_sft_trainer_computes_it_with_the_models_loss(model_dir, tmp_path):
-    pytest.importorskip("trl")
     theirs, ours = (run(mode, model_dir, tmp_path / mode, 1) for mode in ("sft", "loop"))
     same_training(theirs, ours)
 
@@ -64,7 +63,6 @@ def test_sft_trainer_computes_it_with_the_models_loss(model_dir, tmp_path):
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
 def test_sft_trainer_as_it_is_is_refused(model_dir, tmp_path):
     """It computes a loss of its own, from the text alone."""
-    pytest.importorskip("trl")
     model, processor = load(model_dir)
     with pytest.raises(AlignmentError, match="images to predict but no labels"):
         with_sft_trainer(model, sequences(processor), tmp_path, own_loss=False)
