@@ -15,6 +15,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, overload
@@ -121,8 +122,7 @@ class MetaMorphPipeline:
         pipeline = cls(model, processor, visual_decoder)
         pipeline.model_part = Part.loaded(directory, model.config.to_dict(), getattr(model.config, "_commit_hash", None))
         if place:
-            known_as = place if Path(directory).is_dir() or decoder else f"{directory}/{DECODER}"  # not a folder of the hub's cache
-            pipeline.decoder_part = Part.loaded(str(known_as), _settings(visual_decoder))
+            pipeline.decoder_part = Part.loaded(str(place), _settings(visual_decoder))
         return pipeline.to(_default_device() if device is None else device)
 
     def to(self, device: str | torch.device) -> MetaMorphPipeline:
@@ -260,7 +260,7 @@ class MetaMorphPipeline:
             decoding={} if options is None else asdict(options),
             prompt_sha256=hashlib.sha256(asked.encode()).hexdigest() if asked else "",
             prompt=asked if keep_prompt else None,
-            libraries={"torch": torch.__version__, **({} if self.decoder is None else {"diffusers": version("diffusers")})},
+            libraries={"torch": torch.__version__, **({} if self.decoder is None else {"diffusers": _diffusers_version()})},
         )
 
     def _decode(self, drawn: Sequence[tuple[Float[Tensor, "k v"], Provenance]]) -> list[Drawing]:
@@ -274,6 +274,12 @@ class MetaMorphPipeline:
             assert isinstance(pictures, list)  # PIL, as `output_type` is by default
             images += [Drawing.of(picture, origin) for picture, origin in zip(pictures, origins, strict=True)]
         return images
+
+
+@cache
+def _diffusers_version() -> str:
+    """Read from the files of the installation once, not for every answer."""
+    return version("diffusers")
 
 
 def _settings(decoder: VisualDecoderPipeline | None) -> dict[str, Any]:

@@ -40,6 +40,7 @@ HOLDERS = ("PNG", "JPEG", "WEBP")
 
 _XMP_LIMIT = 60_000  # a JPEG segment ends at 65,535 bytes
 _CARD = "card.json"
+_SNAPSHOT = re.compile(r"(?:^|/)models--([^/]+)/snapshots/([^/]+)(?:/(.+))?$")
 _ATTRIBUTE = re.compile(r'metamorph:provenance="([^"]*)"')
 _PACKET = (
     '<?xpacket begin="\ufeff" id="W5M0MpCehiHzreSzNTczkc9d"?><x:xmpmeta xmlns:x="adobe:ns:meta/">'
@@ -48,6 +49,35 @@ _PACKET = (
     ' xmlns:metamorph="urn:metamorph:provenance:1" xmp:CreatorTool="{software}" Iptc4xmpExt:DigitalSourceType="{source}"'
     ' metamorph:provenance="{provenance}"/></rdf:RDF></x:xmpmeta><?xpacket end="r"?>'
 )
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A folder of the hub's cache: what was asked for on the hub, and not what the cache calls it."""
+
+    repository: str
+    commit: str
+    folder: str = ""  # inside the repository
+
+    @classmethod
+    def around(cls, directory: Path) -> Snapshot | None:
+        """The snapshot that an existing directory is, or lies in."""
+        found = _SNAPSHOT.search(directory.resolve().as_posix())
+        return found and cls(found[1].replace("--", "/"), found[2], found[3] or "")
+
+    @property
+    def name(self) -> str:
+        """The repository and, behind it, the folder."""
+        return f"{self.repository}/{self.folder}" if self.folder else self.repository
+
+
+def public_name(reference: str | Path) -> str:
+    """A name on the hub as it is, also of a snapshot in the hub's cache; of another directory only the last part, as `./name`."""
+    place = Path(reference)
+    if not place.is_dir():
+        return str(reference)
+    snapshot = Snapshot.around(place)
+    return snapshot.repository if snapshot is not None else f"./{place.resolve().name}"
 
 
 @dataclass(frozen=True)
@@ -67,16 +97,19 @@ class Part:
 
     @classmethod
     def loaded(cls, source: str | Path, config: Mapping[str, Any], revision: str | None = None) -> Part:
-        """A part as it was loaded from a directory or from the hub."""
+        """A part as it was loaded from a directory, which may lie in the hub's cache, or from the hub."""
         directory = Path(source)
         if not directory.is_dir():
             return replace(cls.of_config(str(source), config), revision=revision or "")
         directory = directory.resolve()
-        # A run saves its model as runs/my-run/model: the last name alone would say nothing.
-        generic = directory.name in ("model", "decoder")
-        name = f"{directory.parent.name}/{directory.name}" if generic else directory.name
+        if (snapshot := Snapshot.around(directory)) is not None:
+            name, revision = snapshot.name, snapshot.commit
+        else:  # a run saves its model as runs/my-run/model: the last name alone would say nothing
+            generic = directory.name in ("model", "decoder")
+            name, revision = f"{directory.parent.name}/{directory.name}" if generic else directory.name, ""
         weights = _hash_on_card(directory / _CARD)
-        return cls(name, weights, "weights") if weights else cls.of_config(name, config)
+        part = cls(name, weights, "weights") if weights else cls.of_config(name, config)
+        return replace(part, revision=revision)
 
     def __str__(self) -> str:
         """For people: the name and the beginning of the hash."""

@@ -1,13 +1,18 @@
 """The model card: said is what is known, unknown is called unknown, nobody's card is overwritten, no path gets out."""
 
 import json
+from pathlib import Path
 
 import pytest
 from huggingface_hub import ModelCard
 from tests.tiny import save_parts
 
 from metamorph.model import MetaMorph, initialize
-from metamorph.model.card import CARD, CardFacts, add_results, build_card, is_ours, public_name, without_paths, write_card
+from metamorph.model.card import CARD, MARK, CardFacts, add_results, build_card, is_ours, origin_of, without_paths, write_card
+from metamorph.model.weight_files import weight_files, weights_digest
+from metamorph.provenance import public_name
+from metamorph.training.config import RunConfig
+from metamorph.training.publication import facts_of_run
 
 REPORT = {
     "dataset": "microworld",
@@ -115,3 +120,75 @@ def test_public_names(tmp_path):
         "size": 3,
         "list": ["data/rows.jsonl"],
     }
+
+
+def test_paths_that_lead_elsewhere_are_shortened():
+    for path in ("/secret/rows.jsonl", "~/secret/rows.jsonl", "~me/secret/rows.jsonl", "../secret/rows.jsonl", "data/../../rows.jsonl"):
+        assert without_paths(path) == "rows.jsonl"
+    assert without_paths(["C:\\secret\\rows.jsonl", "file:///secret/rows.jsonl"]) == ["rows.jsonl", "rows.jsonl"]
+    for text in ("~ two words", "~", "data/rows.jsonl", "hf://datasets/me/rows", "https://host/rows", "red. .. blue", "me/rows"):
+        assert without_paths(text) == text
+
+
+def test_a_recipe_with_paths_has_a_card(model, tmp_path):
+    """What a run's settings can hold, its card can say."""
+    source = {"source": "rows.read", "kwargs": {"path": Path("../secret/rows.jsonl"), "prompt": "~ two words"}}
+    stage = {"name": "one", "training": {"steps": 1}}
+    config = RunConfig(name="run", model={"llm": "llm", "vision": "vision"}, data={"sources": [source]}, stages=[stage])
+    config.save(tmp_path / "config.yaml")
+    text = build_card(model.config, facts_of_run(config, {}), tmp_path).text
+    assert '`rows.read` with `{"path": "rows.jsonl", "prompt": "~ two words"}`' in text
+
+
+def test_the_command_of_an_evaluation_names_no_directory(model, tmp_path):
+    facts = CardFacts(evaluation={**REPORT, "command": "metamorph evaluate --model /secret/model --llm=../secret/llm"})
+    assert "- command: metamorph evaluate --model model --llm=llm" in build_card(model.config, facts, tmp_path).text
+
+
+def test_a_card_whose_metadata_do_not_read_stops_nothing(model, parts, tmp_path):
+    broken = "---\nlicense: [mit\nx: : y\n---\n"
+    (parts[1] / CARD).write_text(broken)
+    assert origin_of(parts[1]) == {"name": "./vision", "license": "unknown"}
+    (parts[1] / CARD).unlink()
+    (tmp_path / CARD).write_text(f"{broken}{MARK}\n")
+    assert not add_results(tmp_path / CARD, REPORT)
+
+
+def test_results_stay_with_the_weights_they_were_measured_on(model, tmp_path):
+    model.save_pretrained(tmp_path)
+    facts = CardFacts("Stars", training={"recipe": "stars"})
+    assert write_card(tmp_path, model.config, facts)
+    assert add_results(tmp_path / CARD, REPORT)
+    told = (tmp_path / CARD).read_text()
+    loaded = MetaMorph.from_pretrained(tmp_path)
+    loaded.save_pretrained(tmp_path)
+    assert (tmp_path / CARD).read_text() == told
+    assert write_card(tmp_path, model.config, facts)  # a finished run, resumed
+    assert ModelCard.load(tmp_path / CARD).data.eval_results[0].metric_value == 0.9375
+    assert (tmp_path / CARD).read_text() == told
+
+    loaded.projector.requires_grad_(False)
+    next(loaded.projector.parameters()).add_(1)
+    loaded.save_pretrained(tmp_path / "changed")
+    loaded.save_pretrained(tmp_path)
+    for directory in (tmp_path, tmp_path / "changed"):
+        text = (directory / CARD).read_text()
+        assert is_ours(directory / CARD) and "drawing_exact" not in text and "recipe: stars" not in text
+    assert f"| started as | a local directory, `{tmp_path.name}` | unknown |" in (tmp_path / "changed" / CARD).read_text()
+    (tmp_path / CARD).write_text(told)  # as if other weights had been put beside it
+    assert add_results(tmp_path / CARD, REPORT)
+    text = (tmp_path / CARD).read_text()
+    assert "drawing_exact" in text and "recipe: stars" not in text
+
+
+def test_weights_are_known_again_in_other_files_and_types(model, tmp_path):
+    half = MetaMorph(model.config).half()
+    half.save_pretrained(tmp_path / "half")
+    digest = weights_digest(tmp_path / "half")
+    half.float().save_pretrained(tmp_path / "cut", max_shard_size="50KB")
+    assert len(weight_files(tmp_path / "cut")) > 1
+    assert weights_digest(tmp_path / "cut") == digest
+    model.save_pretrained(tmp_path / "other")
+    assert weights_digest(tmp_path / "other") != digest
+    weight_files(tmp_path / "cut")[0].unlink()
+    assert weights_digest(tmp_path / "cut") is None and weights_digest(tmp_path) is None

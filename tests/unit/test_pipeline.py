@@ -12,7 +12,7 @@ from PIL import Image
 from tests.tiny import make_eager_to_draw, save_decoder, save_parts
 from typer.testing import CliRunner
 
-from metamorph.cli.generate import drawing_prompt, image_paths
+from metamorph.cli.generate import drawing_prompt, image_paths, load
 from metamorph.cli.main import app
 from metamorph.errors import CheckpointError, ConfigError, ContextLengthError, MetaMorphError, RecordError
 from metamorph.messages import ImagePart, Message
@@ -136,6 +136,16 @@ def test_every_image_knows_how_it_was_drawn(pipeline, directory, tmp_path):
     assert pipeline.decode_images(torch.zeros(1, K, 24), seeds=[3], steps=1)[0].provenance.model is None
 
 
+def test_versions_are_read_once_and_not_for_every_answer(pipeline, monkeypatch):
+    from metamorph import pipeline as module
+
+    asked, real = [], module.version
+    monkeypatch.setattr(module, "version", lambda name: asked.append(name) or real(name))
+    for _ in range(3):
+        pipeline("Hello", max_new_tokens=2)
+    assert len(asked) <= 1
+
+
 def test_models_that_were_not_loaded_as_they_are_claim_no_directory(pipeline):
     built = MetaMorphPipeline(pipeline.model, pipeline.processor, pipeline.decoder)
     assert (built.model_part.name, built.model_part.of) == ("MetaMorph", "config")
@@ -225,6 +235,16 @@ def test_command_refuses_an_output_that_cannot_be_written_first(directory, tmp_p
     result = CliRunner().invoke(app, ["generate", "--model", "missing", "a star", "-o", str(tmp_path / name)])
     assert isinstance(result.exception, ConfigError)
     assert message in str(result.exception)
+
+
+@pytest.mark.parametrize("found", [True, False])
+def test_command_looks_for_the_decoder_once(directory, tmp_path, monkeypatch, found):
+    from metamorph import pipeline as module
+
+    asked, real = [], module.find_decoder
+    monkeypatch.setattr(module, "find_decoder", lambda model: asked.append(model) or (real(model) if found else None))
+    pipeline = load(str(directory), None, "cpu", needs_decoder=found)
+    assert (len(asked), pipeline.decoder is not None) == (1, found)
 
 
 def test_command_refuses_a_model_without_decoder_when_an_image_is_wanted(directory, tmp_path):

@@ -152,6 +152,16 @@ def test_a_part_is_known_by_its_weights_or_settings_and_never_by_its_place(tmp_p
     assert Part.loaded("org/name", settings, "abc").revision == "abc"
 
 
+def test_a_folder_of_the_hubs_cache_is_known_by_its_name_on_the_hub(tmp_path):
+    snapshot = tmp_path / "hub" / "models--me--star" / "snapshots" / "4f1c2d"
+    (snapshot / "decoder").mkdir(parents=True)
+    model, decoder = Part.loaded(snapshot, {"hidden_size": 8}), Part.loaded(snapshot / "decoder", {"layers": 2})
+    assert (model.name, model.revision) == ("me/star", "4f1c2d")
+    assert (decoder.name, decoder.revision) == ("me/star/decoder", "4f1c2d")
+    assert model == Part.loaded("me/star", {"hidden_size": 8}, "4f1c2d")  # as when it is asked for by name
+    assert Part.loaded(snapshot.parents[1], {}).name == "models--me--star"  # no snapshot, only a folder of this name
+
+
 def test_the_transcript_names_every_turn(picture):
     messages = [
         Message.system("Be brief."),

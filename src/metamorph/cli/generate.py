@@ -102,10 +102,11 @@ def load(model: str | None, decoder: str | None, device: str | None, *, needs_de
         from metamorph.microworld.components import shipped
 
         model, decoder = str(shipped("metamorph")), decoder or str(shipped("decoder"))
-    if needs_decoder and decoder is None and find_decoder(model) is None:
+    place = decoder or find_decoder(model)
+    if needs_decoder and place is None:
         found = "no decoder" if Path(model).is_dir() else "no such directory, and on the hub no decoder,"
         raise CheckpointError(f"{found} but -o needs one ({model}). Give --decoder DIR, or the directory of a model that has one.")
-    return MetaMorphPipeline.from_pretrained(model, decoder, device=device)
+    return MetaMorphPipeline.from_pretrained(model, place or False, device=device)
 
 
 def _show(reply: Reply, output: Path | None, *, metadata: bool) -> None:

@@ -19,6 +19,8 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from transformers.utils import cached_file
 
+from metamorph.provenance import public_name
+
 if TYPE_CHECKING:
     from metamorph.model.configuration import MetaMorphConfig
 
@@ -142,16 +144,6 @@ def add_results(path: Path, report: Mapping[str, Any]) -> bool:
 def origin_of(reference: str | Path) -> dict[str, str]:
     """Where a pretrained part comes from, without naming a place on this machine: its name, and its licence if its own card names one."""
     return {"name": public_name(reference), "license": _license_on_card(reference)}
-
-
-def public_name(reference: str | Path) -> str:
-    """A name on the hub as it is, also of a snapshot in the hub's cache; of another directory only the last part, as `./name`."""
-    place = Path(reference)
-    if not place.is_dir():
-        return str(reference)
-    place = place.resolve()
-    snapshot = re.search(r"models--(.+?)/snapshots/", f"{place.as_posix()}/")
-    return snapshot.group(1).replace("--", "/") if snapshot else f"./{place.name}"
 
 
 def without_paths(value: Any) -> Any:

@@ -20,7 +20,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from metamorph.errors import CheckpointError
-from metamorph.model.card import CARD, MARK, is_ours, public_name, write_card
+from metamorph.model.card import CARD, MARK, is_ours, write_card
+from metamorph.provenance import public_name
 
 NOT_PUBLISHED = ("checkpoints/*", "*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt", ".*", "*/.*")
 """What stays here when a directory is pushed: training states, pickle, hidden files."""
