@@ -14,12 +14,14 @@ import multiprocessing
 import statistics
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
 from machine import arguments, rounded, write
 
 GOAL = 3000.0
 WARM = 50
+BEGIN: list[Any] = []  # in a worker: the barrier at which all processes begin a span together
 
 
 def drawn() -> Callable[[int], Any]:
@@ -43,12 +45,22 @@ def encoded() -> Callable[[int], Any]:
     return lambda index: encode(draw(index))
 
 
-def count(make: Callable[[], Callable[[int], Any]], worker: int, workers: int, spans: list[float], begin: Any, counts: Any) -> None:
-    """One process: how many examples in each span; all processes begin each span together."""
-    function, index = make(), worker
-    for _ in range(WARM):
-        function(index)
-        index += workers
+def take(barrier: Any) -> None:
+    """Keep the barrier in a new process."""
+    BEGIN.append(barrier)
+
+
+def count(make: Callable[[], Callable[[int], Any]], worker: int, workers: int, spans: list[float]) -> list[tuple[float, float]]:
+    """One process: how many examples it made in each span, per second and per second of processor time."""
+    begin = BEGIN[0]
+    try:
+        function, index = make(), worker
+        for _ in range(WARM):
+            function(index)
+            index += workers
+    except BaseException:
+        begin.abort()  # the others need not wait
+        raise
     found = []
     for span in spans:
         begin.wait()
@@ -57,20 +69,16 @@ def count(make: Callable[[], Callable[[int], Any]], worker: int, workers: int, s
             function(index)
             index, done = index + workers, done + 1
         found.append((done / span, done / (time.process_time() - cpu)))
-    counts.put(found)
+    return found
 
 
 def rate(make: Callable[[], Callable[[int], Any]], workers: int, seconds: float, repeats: int) -> tuple[float, float]:
     """Examples per second of all processes together, medians: on the wall clock, and for each second of processor time they got."""
     context = multiprocessing.get_context("spawn")
-    begin, counts = context.Barrier(workers), context.Queue()
     spans = [seconds] * repeats
-    processes = [context.Process(target=count, args=(make, worker, workers, spans, begin, counts)) for worker in range(workers)]
-    for process in processes:
-        process.start()
-    found = [counts.get() for _ in processes]
-    for process in processes:
-        process.join()
+    with ProcessPoolExecutor(workers, context, take, (context.Barrier(workers),)) as pool:
+        counting = [pool.submit(count, make, worker, workers, spans) for worker in range(workers)]
+        found = [future.result() for future in counting]
     wall, cpu = (statistics.median(sum(span[side] for span in spans) for spans in zip(*found, strict=True)) for side in (0, 1))
     return wall, cpu
 
