@@ -32,7 +32,7 @@ class Section:
         """Title, table, and where the figures come from."""
         first = next(iter(self.columns.values()))
         rows = [[_cell(row, key) for key in self.columns.values()] for row in content["rows"] if first in row]
-        lines = [f"## {self.title}", to_markdown(Table(list(self.columns), rows)), f"`{content['command']}`"]
+        lines = [f"## {self.title}", to_markdown(Table(list(self.columns), rows)).strip(), f"`{content['command']}`"]
         if found := content.get("machine"):
             versions = f"Python {found['python']}, torch {found['torch']}, transformers {found['transformers']}"
             load = f"load {found['load_before']} on {found['cores']} cores, {found['threads']} threads"
