@@ -1,22 +1,18 @@
-"""What a finished run says on its model's card: data, recipe, steps, versions, and the results of an evaluation if there is one."""
+"""What a finished run says on its model's card: data, recipe, steps, versions. `metamorph evaluate` adds results."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
 from importlib.metadata import version
-from pathlib import Path
 
 from metamorph.model.card import CardFacts, without_paths
 from metamorph.training.config import DataConfig, RunConfig, StageConfig
 from metamorph.training.loop import TrainResult
 
-EVALUATION = "evaluation.json"
-"""Where a run directory keeps what `metamorph evaluate -o` measured, if it was asked to."""
-
 
 def facts_of_run(config: RunConfig, results: Mapping[str, TrainResult]) -> CardFacts:
-    """What is known of a run; paths are shortened to their last names."""
+    """What is known of a run, also before it has results; paths that lead elsewhere are shortened to their last names."""
     training = {"recipe": f"{config.name}. {config.description}".strip(". ") + "."}
     for number, stage in enumerate(config.stages):
         training[f"stage `{stage.name}`"] = _stage(stage, results.get(stage.name))
@@ -24,7 +20,7 @@ def facts_of_run(config: RunConfig, results: Mapping[str, TrainResult]) -> CardF
         if data is not None and (stage.data is not None or number == 0):
             training[f"data from stage `{stage.name}` on" if len(config.stages) > 1 else "data"] = _data(data)
     training["versions"] = ", ".join(f"{name} {version(name)}" for name in ("metamorph", "torch", "transformers"))
-    return CardFacts(name=config.name, license=config.license, datasets=config.datasets, training=training, evaluation=_evaluation(config))
+    return CardFacts(name=config.name, license=config.license, datasets=config.datasets, training=training)
 
 
 def _stage(stage: StageConfig, result: TrainResult | None) -> str:
@@ -41,14 +37,6 @@ def _stage(stage: StageConfig, result: TrainResult | None) -> str:
 def _data(data: DataConfig) -> str:
     sources = []
     for source in data.sources:
-        settings = json.dumps(without_paths(source.kwargs), ensure_ascii=False)
+        settings = json.dumps(without_paths(source.to_dict()["kwargs"]), ensure_ascii=False)
         sources.append(f"`{source.source}` with `{settings}`, weight {source.weight:g}")
     return "; ".join(sources)
-
-
-def _evaluation(config: RunConfig) -> dict | None:
-    for place in (config.run_dir, config.run_dir / "model"):
-        file: Path = place / EVALUATION
-        if file.is_file():
-            return json.loads(file.read_text(encoding="utf-8"))
-    return None
