@@ -11,7 +11,7 @@ from urllib.parse import unquote, urlparse
 
 
 class Hub(ThreadingHTTPServer):
-    """Repositories by name, each a mapping of paths to bytes; and what was asked for."""
+    """Repositories by name, other branches as name@branch, each a mapping of paths to bytes; and what was asked for."""
 
     daemon_threads = True
 
@@ -45,8 +45,12 @@ class Handler(BaseHTTPRequestHandler):
         elif "/preupload/" in path:
             files = [{"path": file["path"], "uploadMode": "regular", "shouldIgnore": False} for file in json.loads(body)["files"]]
             self.reply({"files": files})
+        elif "/branch/" in path:
+            name, branch = "/".join(path.split("/")[3:5]), path.split("/")[6]
+            self.server.repositories.setdefault(f"{name}@{branch}", dict(self.server.repositories[name]))
+            self.reply({})
         elif "/commit/" in path:
-            name = "/".join(path.split("/")[3:5])
+            name = self.at("/".join(path.split("/")[3:5]), path.split("/")[6])
             lines = [json.loads(line) for line in body.splitlines() if line]
             files = {line["value"]["path"]: base64.b64decode(line["value"]["content"]) for line in lines if line["key"] == "file"}
             self.server.repositories[name] |= files
@@ -65,6 +69,8 @@ class Handler(BaseHTTPRequestHandler):
         parts = path.strip("/").split("/")
         api = parts[:2] == ["api", "models"]
         name = "/".join(parts[2:4] if api else parts[:2])
+        revision = parts[5] if api and len(parts) > 5 else parts[3] if not api and len(parts) > 3 else "main"
+        name = self.at(name, revision)
         files = self.server.repositories.get(name)
         if files is None:
             self.refuse("RepoNotFound")
@@ -81,6 +87,10 @@ class Handler(BaseHTTPRequestHandler):
             self.send(content, {"X-Repo-Commit": self.oid(name), "ETag": f'"{hashlib.sha256(content).hexdigest()}"'})
         else:
             self.refuse("EntryNotFound")
+
+    def at(self, name: str, revision: str) -> str:
+        branch = f"{name}@{revision}"
+        return branch if branch in self.server.repositories else name
 
     def oid(self, name: str) -> str:
         return hashlib.sha1(repr(sorted(self.server.repositories[name].items())).encode()).hexdigest()

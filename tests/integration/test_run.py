@@ -7,6 +7,7 @@ import torch
 from tests.tiny import save_parts
 
 from metamorph.errors import ConfigError
+from metamorph.model.card import add_results
 from metamorph.training import DataConfig, DecoderConfig, ModelConfig, RunConfig, SourceConfig, TrainingConfig
 from metamorph.training.config import StageConfig
 from metamorph.training.run import run
@@ -138,11 +139,11 @@ def test_bad_sources_are_named(parts, tmp_path):
 
 
 def test_a_finished_run_says_on_the_card_how_it_was_trained(parts, tmp_path):
-    (tmp_path / "run").mkdir()
-    metrics = {"drawing_exact": {"value": 0.25, "low": 0.2, "high": 0.3, "n": 40}}
-    (tmp_path / "run/evaluation.json").write_text(json.dumps({"metrics": metrics, "protocol": {"seed": 0}}))
     config = settings(parts, tmp_path / "run", steps=(1, 2)).with_overrides({"license": "mit"})
-    card = (run(config, tracker=quiet).model_dir / "README.md").read_text()
+    path = run(config, tracker=quiet).model_dir / "README.md"
+    assert add_results(path, {"metrics": {"drawing_exact": {"value": 0.25, "low": 0.2, "high": 0.3, "n": 40}}, "protocol": {"seed": 0}})
+    run(config, resume=True, tracker=quiet)  # finished already: the same weights, so the results stay
+    card = path.read_text()
     assert "license: mit" in card and "# tiny" in card and "| drawing_exact | 0.250 | 0.200 to 0.300 | 40 |" in card
     assert "- stage `vpit`: 2 steps of 6 sequences; trains everything but vision_encoder; adamw" in card
     assert '`tests.drawing_examples.drawings` with `{"colours": 6}`' in card
