@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
-from metamorph.cli.chat import Chat, preview
+from metamorph.cli.chat import Chat, completions, preview, split_command
 from metamorph.cli.generate import load
 from metamorph.cli.main import app
 from metamorph.microworld.reader import read_scene
@@ -58,6 +58,7 @@ def test_what_is_refused_is_one_line_and_the_chat_goes_on(tmp_path):
     result = chat(
         tmp_path,
         "/image nope.png",
+        "/image ~nobody-of-this-name/cat.png",
         f"/image {tmp_path / 'broken.png'}",
         "/image",
         "/imagine a star",
@@ -71,7 +72,7 @@ def test_what_is_refused_is_one_line_and_the_chat_goes_on(tmp_path):
         DRAW,
     )
     refused = result.stderr.splitlines()
-    expected = ["nope.png", "broken.png", "/help", "/help", "stays 0", "Nothing was drawn", "quotation", "positions"]
+    expected = ["nope.png", "~nobody", "broken.png", "/help", "/help", "stays 0", "Nothing was drawn", '"half', "positions"]
     assert len(refused) == len(expected), refused
     for line, part in zip(refused, expected, strict=True):
         assert part in line
@@ -106,6 +107,32 @@ def test_images_wait_for_the_next_message_and_survive_a_refusal(talk, tmp_path):
     assert talk.messages == [] and len(talk.attached) == 1
     talk.say("What colour is the star?")
     assert talk.attached == [] and talk.messages[1].text.strip() == "red"
+
+
+@pytest.mark.parametrize(
+    ("line", "argument"),
+    [
+        (r"/image C:\Users\me\cat.png", r"C:\Users\me\cat.png"),
+        (r'/image "C:\My Pictures\cat.png"', r"C:\My Pictures\cat.png"),
+        ("/image my cat.png ", "my cat.png"),
+        ("/image '/home/o'neil/cat.png'", "/home/o'neil/cat.png"),
+        ("/image 'half", "'half"),
+        ("/image '", "'"),
+        ("/reset", ""),
+    ],
+)
+def test_the_rest_of_a_commands_line_is_its_argument(line, argument):
+    assert split_command(line) == (line.split()[0], argument)
+
+
+@pytest.mark.parametrize("spelling", ["my cat's.png", "'my cat's.png'", r"my\ cat\'s.png"])
+def test_a_path_with_spaces_is_attached_however_it_is_spelt(talk, tmp_path, spelling, capsys, monkeypatch):
+    Image.new("RGB", (8, 8)).save(tmp_path / "my cat's.png")
+    monkeypatch.chdir(tmp_path)
+    talk.say(f"/image {spelling}")
+    assert len(talk.attached) == 1, capsys.readouterr().err
+    assert completions("/image my c") == ["/image my cat's.png"]
+    assert completions("/im") == ["/image "] and completions("a my c") == []
 
 
 def test_ctrl_c_stops_the_answer_and_forgets_the_question(talk, capsys):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import glob
 import io
-import shlex
+import os
+import re
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -12,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from metamorph.cli import options
 from metamorph.cli.generate import check_output, load
 from metamorph.cli.terminal import quiet_libraries
 from metamorph.errors import MetaMorphError
@@ -24,7 +27,7 @@ if TYPE_CHECKING:
     from metamorph.provenance import Drawing
 
 HELP = """\
-/image PATH    attach an image to your next message (several are fine)
+/image PATH    attach an image to your next message (several are fine, one line each; PATH may have spaces)
 /save NAME.png save the last drawing under a name of your own
 /seed N        the seed of the next answers; same seed, same answer
 /reset         forget the conversation
@@ -122,19 +125,15 @@ class Chat:
                 return path
 
     def _command(self, line: str) -> bool:
-        try:
-            name, *arguments = shlex.split(line)
-        except ValueError as error:  # a quotation mark that is never closed
-            typer.echo(f"{line!r}: {error}. Quote both sides of a path with spaces.", err=True)
-            return True
-        if name not in COMMANDS or len(arguments) != (name in ("/image", "/save", "/seed")):
+        name, argument = split_command(line)
+        if name not in COMMANDS or bool(argument) != (name in ("/image", "/save", "/seed")):
             typer.echo(f"{line!r} is no command. /help lists them; begin with a space to say it to the model.", err=True)
         elif name == "/image":
-            self._attach(Path(arguments[0]).expanduser())
+            self._attach(existing_path(argument))
         elif name == "/save":
-            self._save(Path(arguments[0]).expanduser())
+            self._save(Path(os.path.expanduser(argument)))
         elif name == "/seed":
-            self._reseed(arguments[0])
+            self._reseed(argument)
         elif name == "/reset":
             self.messages, self.attached = [], []
             typer.echo("A new conversation.")
@@ -167,6 +166,28 @@ class Chat:
             typer.echo(f"{number!r} but a whole number is needed (/seed). The seed stays {self.seed}.", err=True)
 
 
+def split_command(line: str) -> tuple[str, str]:
+    """A command's name and the rest of its line as one argument: a path may have spaces and backslashes. Quotation marks around it go."""
+    name, argument = [*line.strip().split(maxsplit=1), ""][:2]
+    quoted = len(argument) > 1 and argument[0] == argument[-1] and argument[0] in "'\""
+    return name, argument[1:-1] if quoted else argument
+
+
+def existing_path(text: str) -> Path:
+    """The path as it is written; if only the shell's spelling of it exists, as terminals paste a file that is dropped on them, that one."""
+    path, shells = (Path(os.path.expanduser(one)) for one in (text, re.sub(r"\\(.)", r"\1", text)))
+    return shells if shells.exists() and not path.exists() else path
+
+
+def completions(line: str) -> list[str]:
+    """The lines that the tab key may make of a line: names of commands, then paths where a command takes one."""
+    name, space, rest = line.partition(" ")
+    if not space:
+        return [f"{command} " for command in COMMANDS if command.startswith(line)]
+    paths = sorted(glob.glob(f"{glob.escape(rest)}*")) if name in ("/image", "/save") else []
+    return [f"{name} {path}" for path in paths]
+
+
 def preview(image: Image.Image, width: int = PREVIEW_WIDTH) -> Iterator[str]:
     """A picture as lines of half blocks in 24-bit colours: the upper pixel in front, the lower one behind."""
     height = max(2, round(width * image.height / image.width / 2) * 2)
@@ -185,20 +206,18 @@ def register(app: typer.Typer) -> None:
 
 
 def run(
-    model: Annotated[str | None, typer.Option(help="Directory of a model; by default the one that comes with the package.")] = None,
-    decoder: Annotated[
-        str | None, typer.Option(help="Directory of a decoder; by default `decoder` in the model's directory, or the shipped one.")
-    ] = None,
+    model: options.Model = None,
+    decoder: options.Decoder = None,
     folder: Annotated[Path, typer.Option(help="Where drawings are saved as they come.")] = Path("drawings"),
     image: Annotated[list[Path] | None, typer.Option(help="An image for the first message; may be repeated.")] = None,
-    seed: Annotated[int, typer.Option(help="Same seed, same answers.")] = 0,
-    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token; higher values vary the answers.")] = 0.0,
-    max_new_tokens: Annotated[int, typer.Option(help="Longest answer, visual tokens included.")] = 256,
-    steps: Annotated[int, typer.Option(min=1, help="Denoising steps per image.")] = 10,
-    guidance: Annotated[float, typer.Option(help="Guidance scale of the decoder; 1 is without.")] = 1.0,
-    device: Annotated[str | None, typer.Option(help="cuda, mps or cpu; by default the first that is there.")] = None,
-    keep_prompt: Annotated[bool, typer.Option("--keep-prompt", help="Image files hold the conversation, not only its hash.")] = False,
-    no_metadata: Annotated[bool, typer.Option("--no-metadata", help="Image files do not say how they were made.")] = False,
+    seed: options.Seed = 0,
+    temperature: options.Temperature = 0.0,
+    max_new_tokens: options.MaxNewTokens = 256,
+    steps: options.Steps = 10,
+    guidance: options.Guidance = 1.0,
+    device: options.Device = None,
+    keep_prompt: options.KeepPrompt = False,
+    no_metadata: options.NoMetadata = False,
 ) -> None:
     """Talk with a model: it answers with text and images, and reads again what it drew. /help lists the commands.
 
@@ -207,17 +226,17 @@ def run(
     quiet_libraries()
     from metamorph.model.state import DecodingOptions
 
-    options = DecodingOptions(temperature=temperature, max_new_tokens=max_new_tokens)
+    decoding = DecodingOptions(temperature=temperature, max_new_tokens=max_new_tokens)
     chat = Chat(
         pipeline=load(model, decoder, device, needs_decoder=False),
         folder=folder,
         seed=seed,
-        settings={"options": options, "steps": steps, "guidance_scale": guidance, "keep_prompt": keep_prompt},
+        settings={"options": decoding, "steps": steps, "guidance_scale": guidance, "keep_prompt": keep_prompt},
         metadata=not no_metadata,
         previews=_shows_colours(),
     )
     for path in image or []:
-        chat.say(f"/image {shlex.quote(str(path))}")
+        chat.say(f'/image "{path}"')
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(errors="replace")  # a byte that is no UTF-8 must not end the chat
     interactive = sys.stdin.isatty()
@@ -258,12 +277,11 @@ def _complete_paths() -> None:
         import readline
     except ImportError:  # Windows
         return
-    import glob
 
-    def complete(text: str, state: int) -> str | None:
-        found = [f"{name} " for name in COMMANDS if name.startswith(text)] if readline.get_begidx() == 0 else sorted(glob.glob(f"{text}*"))
+    def complete(line: str, state: int) -> str | None:
+        found = completions(line)
         return found[state] if state < len(found) else None
 
-    readline.set_completer_delims(" ")
+    readline.set_completer_delims("")  # whole lines: a path may have spaces
     readline.set_completer(complete)
     readline.parse_and_bind("tab: complete")

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from metamorph.cli.options import Device
 from metamorph.cli.terminal import quiet_libraries, show_table
 
 
@@ -24,7 +25,7 @@ def run(
     samples: Annotated[int | None, typer.Option(min=2, help="Samples of every task; by default at least 500.")] = None,
     output: Annotated[Path, typer.Option("--output", "-o", help="Where to write the results as JSON.")] = Path("runs/evaluation.json"),
     seed: Annotated[int, typer.Option(help="Of the samples.")] = 0,
-    device: Annotated[str | None, typer.Option(help="cuda, mps or cpu; by default the first that is there.")] = None,
+    device: Device = None,
 ) -> None:
     """Measure a model on the microworld's tasks: print the table, write metrics with intervals, protocol, versions and hashes."""
     from rich.console import Console

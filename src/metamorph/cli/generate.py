@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from metamorph.cli import options
 from metamorph.cli.terminal import quiet_libraries
 from metamorph.errors import CheckpointError, ConfigError
 
@@ -29,19 +30,17 @@ def run(
         Path | None, typer.Option("--output", "-o", help="Where to save the image: star.png, then star-2.png and so on.")
     ] = None,
     image: Annotated[list[Path] | None, typer.Option(help="An image to show to the model; may be repeated.")] = None,
-    model: Annotated[str | None, typer.Option(help="Directory of a model; by default the one that comes with the package.")] = None,
-    decoder: Annotated[
-        str | None, typer.Option(help="Directory of a decoder; by default `decoder` in the model's directory, or the shipped one.")
-    ] = None,
+    model: options.Model = None,
+    decoder: options.Decoder = None,
     raw: Annotated[bool, typer.Option("--raw", help="Send the prompt as it is, also with -o.")] = False,
-    seed: Annotated[int, typer.Option(help="Same seed, same answer.")] = 0,
-    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token; higher values vary the answer.")] = 0.0,
-    max_new_tokens: Annotated[int, typer.Option(help="Longest answer, visual tokens included.")] = 256,
-    steps: Annotated[int, typer.Option(min=1, help="Denoising steps per image.")] = 10,
-    guidance: Annotated[float, typer.Option(help="Guidance scale of the decoder; 1 is without.")] = 1.0,
-    device: Annotated[str | None, typer.Option(help="cuda, mps or cpu; by default the first that is there.")] = None,
-    keep_prompt: Annotated[bool, typer.Option("--keep-prompt", help="Image files hold the prompt, not only its hash.")] = False,
-    no_metadata: Annotated[bool, typer.Option("--no-metadata", help="Image files do not say how they were made.")] = False,
+    seed: options.Seed = 0,
+    temperature: options.Temperature = 0.0,
+    max_new_tokens: options.MaxNewTokens = 256,
+    steps: options.Steps = 10,
+    guidance: options.Guidance = 1.0,
+    device: options.Device = None,
+    keep_prompt: options.KeepPrompt = False,
+    no_metadata: options.NoMetadata = False,
 ) -> None:
     """Ask a model: it answers with text, an image, or both, as it sees fit.
 
