@@ -113,6 +113,21 @@ def test_with_a_tokenizer_the_processor_is_written_too(official, tmp_path):
     assert model(row.input_ids[None], labels=row.labels[None]).loss.isfinite()
 
 
+def test_pixels_are_scaled_as_the_given_encoder_wants_them(official, tmp_path):
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_tokens([f"filler {i}" for i in range(298 - len(tokenizer))])
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    save_tower(tmp_path / "tower")
+    own = {"size": {"height": 70, "width": 70}, "image_mean": [0.48, 0.46, 0.41], "image_std": [0.27, 0.26, 0.28], "resample": 2}
+    (tmp_path / "tower" / "preprocessor_config.json").write_text(json.dumps(own))
+    convert_official(official, tmp_path / "out", vision=tmp_path / "tower", tokenizer=tmp_path / "tokenizer")
+    _, processor = load(tmp_path / "out")
+    assert (processor.image_mean, processor.image_std) == ((0.48, 0.46, 0.41), (0.27, 0.26, 0.28))
+    assert (processor.image_size, processor.image_resample) == ((70, 70), "bilinear")
+    convert_official(official, tmp_path / "siglip", tokenizer=tmp_path / "tokenizer")
+    assert load(tmp_path / "siglip")[1].image_mean == (0.5, 0.5, 0.5)
+
+
 def test_saved_generation_settings_are_kept(official, tmp_path):
     (official / "generation_config.json").write_text('{"eos_token_id": [1, 2, 7], "temperature": 0.6}')
     convert_official(official, tmp_path / "out")
@@ -134,6 +149,8 @@ def test_a_tokenizer_of_another_model_is_refused(official, tmp_path):
         ({"hidden_size": 32}, r"of shape \(300, 64\) but \(300, 32\) was expected"),
         ({"num_hidden_layers": 3}, "9 tensors absent and 0 unknown, such as language_model.model.layers.2"),
         ({"image_start_token_id": None}, "two numbers were expected"),
+        ({"image_end_token_id": 300}, "two below 300, the rows of the embedding"),
+        ({"image_start_token_id": -1}, "two below 300, the rows of the embedding"),
         ({"siglip_config": None}, r"no sizes \(siglip_config\) of the vision encoder"),
     ],
 )

@@ -20,7 +20,7 @@ from transformers import AddedToken, AutoTokenizer, GenerationConfig, LlamaConfi
 
 from metamorph.errors import CheckpointError, ConfigError
 from metamorph.model.configuration import IMAGE_END_TOKEN, IMAGE_START_TOKEN, IMAGE_TOKEN, MetaMorphConfig
-from metamorph.model.conversion import with_end_of_turn
+from metamorph.model.conversion import read_image_settings, with_end_of_turn
 from metamorph.model.modeling import MetaMorph
 from metamorph.model.processing import MetaMorphProcessor, check_template
 from metamorph.model.vision_encoder import load_vision_model
@@ -72,8 +72,10 @@ def convert_official(
     _check_tensors(config, tensors, directory)
     generation = _generation_config(directory, config)
     if words is not None:
-        side = config.vision_config.image_size
-        processor = MetaMorphProcessor(words, config.num_visual_tokens, (side, side), max_length=config.text_config.max_position_embeddings)
+        side, length = config.vision_config.image_size, config.text_config.max_position_embeddings
+        # An encoder inside the checkpoint is a SigLIP, whose pixels are the processor's default.
+        images = {"image_size": (side, side)} if vision is None or encoder is None else vars(read_image_settings(vision, encoder))
+        processor = MetaMorphProcessor(words, config.num_visual_tokens, max_length=length, **images)
         generation.eos_token_id = with_end_of_turn(generation.eos_token_id, check_template(processor))
         processor.save_pretrained(out)
     out.mkdir(parents=True, exist_ok=True)
@@ -196,6 +198,9 @@ def _config(
             ids[name] = number
     if None in ids.values():
         raise CheckpointError(f"ids {ids} but two numbers were expected ({directory}). Add them to config.json, or give --tokenizer.")
+    if not all(isinstance(number, int) and 0 <= number < text.vocab_size for number in ids.values()):
+        found = f"ids {ids} but two below {text.vocab_size}, the rows of the embedding, were expected ({directory})"
+        raise CheckpointError(f"{found}. Give --tokenizer the checkpoint's own.")
     # A place in a sequence where a visual token stands; it is never read or said, and has no row in either matrix.
     placeholder = text.vocab_size if words is None else words.convert_tokens_to_ids(IMAGE_TOKEN)
     projector, head = settings["mm_projector_type"], settings.get("vision_head_type", "mlp")
