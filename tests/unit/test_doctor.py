@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from importlib import metadata
@@ -56,6 +57,24 @@ def test_torchvision_beside_a_cpu_build_is_to_be_uninstalled(tmp_path, monkeypat
     assert "nms does not exist" in found.found
 
 
+@pytest.mark.parametrize(
+    ("extension", "status"),
+    [("", "note"), ("def _has_ops():\n    return True", "note"), ("def _has_ops():\n    return False", "bad")],
+)
+def test_a_torchvision_that_imports_is_judged_by_its_operators_and_not_by_the_name_of_its_version(tmp_path, monkeypatch, extension, status):
+    install(tmp_path, "torchvision", "0.28.0")  # as on a Mac, on Windows and on ARM: no +cpu
+    (tmp_path / "torchvision").mkdir()
+    (tmp_path / "torchvision" / "__init__.py").touch()
+    (tmp_path / "torchvision" / "extension.py").write_text(extension)
+    monkeypatch.syspath_prepend(tmp_path)
+    try:
+        found = checkup._torchvision()
+    finally:
+        for name in ("torchvision", "torchvision.extension"):
+            sys.modules.pop(name, None)
+    assert (found.status, bool(found.fix)) == (status, status == "bad")
+
+
 def test_an_extra_that_is_not_installed_is_a_note_and_a_broken_one_is_bad(monkeypatch):
     monkeypatch.setitem(sys.modules, "diffusers", None)
     found = list(checkup.check_extras())
@@ -79,6 +98,21 @@ def test_the_machine_has_memory_disk_and_a_device():
     assert {"bfloat16", "cores", "memory", "disk"} < {one.name for one in found}
     total, free = checkup.memory()
     assert 0 < free <= total
+
+
+def test_memory_that_a_system_does_not_tell_is_unknown_and_no_number(tmp_path, monkeypatch):
+    nowhere = tmp_path / "nowhere"
+    total, free = checkup.memory(nowhere, nowhere)  # as on a Mac
+    assert total > 0 and free is None
+    monkeypatch.delattr(os, "sysconf")
+    assert checkup.memory(nowhere, nowhere) == (None, None)  # as on Windows
+    for known, said in (((16 * 2**30, None), "16.0 GiB; "), ((None, None), "an unknown amount; ")):
+        finding = checkup._memory(*known)
+        assert (finding.status, finding.found) == ("ok", f"{said}how much is free is unknown here")
+    assert checkup._memory(16 * 2**30, 2**30).status == "note"
+    (tmp_path / "memory.max").write_text("1000")
+    (tmp_path / "memory.current").write_text("400")
+    assert checkup.memory(nowhere, tmp_path) == (1000, 600)  # a container's own limit
 
 
 @pytest.mark.parametrize(

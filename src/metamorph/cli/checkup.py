@@ -10,10 +10,11 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from metamorph.errors import MetaMorphError
 
@@ -136,11 +137,13 @@ def _torchvision() -> Finding | None:
     fix = "python -m pip uninstall torchvision"
     try:
         importlib.import_module("torchvision")
-        import torch
+        extension: Any = importlib.import_module("torchvision.extension")
     except _FAILURES as error:
         return Finding("versions", "torchvision", "bad", f"{version} does not import ({_said(error)}) and breaks transformers with it", fix)
-    if torch.version.cuda is None and torch.version.hip is None and "+cpu" not in version:
-        return Finding("versions", "torchvision", "bad", f"{version} beside a CPU build of torch: transformers breaks", fix)
+    # Some releases import without their compiled part. The version's name tells nothing: "+cpu" is on some platforms' builds only.
+    if not getattr(extension, "_has_ops", lambda: True)():
+        said = f"{version} cannot load its operators, as beside another build of torch: transformers breaks where it uses them"
+        return Finding("versions", "torchvision", "bad", said, fix)
     said = f"{version}: not needed. transformers' own image processors then resize with it; this package always resizes with PIL"
     return Finding("versions", "torchvision", "note", said)
 
@@ -179,8 +182,7 @@ def check_machine() -> Iterator[Finding]:
         said = f"{gain:.1f} x the speed of float32 on the CPU at width 256; training takes it from {MINIMUM_GAIN} x"
         yield Finding("machine", "bfloat16", "ok", said)
     yield _cores(torch.get_num_threads())
-    total, free = memory()
-    yield Finding("machine", "memory", "ok" if free > 2 * GIB else "note", f"{free / GIB:.1f} of {total / GIB:.1f} GiB free")
+    yield _memory(*memory())
     room = shutil.disk_usage(Path.cwd()).free
     full = "" if room > 2 * GIB else "A run of the demo writes about 100 MB; free some space."
     yield Finding("machine", "disk", "note" if full else "ok", f"{room / GIB:.1f} GiB free here", full)
@@ -194,19 +196,26 @@ def _cores(threads: int) -> Finding:
     return Finding("machine", "cores", "ok", said)
 
 
-def memory() -> tuple[int, int]:
-    """Bytes of main memory that this process may use: all, and free now."""
+def _memory(total: int | None, free: int | None) -> Finding:
+    all_of_it = "an unknown amount" if total is None else f"{total / GIB:.1f} GiB"
+    said = f"{all_of_it}; how much is free is unknown here" if free is None else f"{free / GIB:.1f} GiB of {all_of_it} free"
+    return Finding("machine", "memory", "note" if free is not None and free <= 2 * GIB else "ok", said)
+
+
+def memory(meminfo: Path = Path("/proc/meminfo"), cgroup: Path = Path("/sys/fs/cgroup")) -> tuple[int | None, int | None]:
+    """Bytes of main memory that this process may use: all, and free now. None where the system does not say: a Mac tells the first only."""
+    total: int | None = None
+    free: int | None = None
     try:
-        lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text(encoding="utf-8").splitlines())
+        lines = dict(line.split(":", 1) for line in meminfo.read_text(encoding="utf-8").splitlines())
         total, free = (int(lines[name].split()[0]) * 1024 for name in ("MemTotal", "MemAvailable"))
     except (OSError, KeyError, ValueError):
-        total = free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 0
-    try:  # a container may allow less than the machine has
-        limit = int(Path("/sys/fs/cgroup/memory.max").read_text(encoding="utf-8"))
-        used = int(Path("/sys/fs/cgroup/memory.current").read_text(encoding="utf-8"))
-        total, free = min(total, limit), max(min(free, limit - used), 0)
-    except (OSError, ValueError):
-        pass
+        with suppress(OSError, ValueError, AttributeError):  # Windows has no sysconf
+            total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    with suppress(OSError, ValueError):  # a container may allow less than the machine has
+        limit, used = (int((cgroup / name).read_text(encoding="utf-8")) for name in ("memory.max", "memory.current"))
+        total = limit if total is None else min(total, limit)
+        free = max(limit - used if free is None else min(free, limit - used), 0)
     return total, free
 
 
