@@ -19,9 +19,10 @@ def run(
     private: Annotated[bool, typer.Option("--private", help="For you alone, if the repository is new.")] = False,
     message: Annotated[str, typer.Option("--message", "-m", help="Of the commit.")] = "Upload MetaMorph",
 ) -> None:
-    """Upload model, processor, decoder and card in one commit; no training states. Log in before: hf auth login.
+    """Upload model, processor, decoder and card in one commit, and no other file. Log in before: hf auth login.
 
-    A card that you wrote, here or on the hub, stays as it is. One that metamorph wrote is written anew.
+    A card that you wrote, here or on the hub, stays as it is. One that metamorph wrote tells of training and results only if it is about
+    these weights.
     """
     from metamorph.model.hub import push_directory
 

@@ -102,8 +102,8 @@ def _run_model(config, results, train_stage, evaluators, on_stage, tracker) -> N
         model, processor = build_model(config.model, config.stages[0].training.seed)
         if number == 0 and on_stage is not None:
             on_stage("start", model.eval(), processor)
-        if number == 0:  # what its card cannot be made of fails now, not after the training
-            build_card(model.config, facts_of_run(config, {}), config.run_dir)
+        if number == 0:
+            _try_card(model, config)
         select_trainable(model, stage.train, stage.freeze)
         data = stage.data or config.data
         mixture = build_mixture(data, stage.training.seed)
@@ -180,6 +180,11 @@ def _save_model(model: Any, processor: Any, config: RunConfig, results: Mapping[
         model.save_pretrained(directory, state_dict=whole) if world_size() > 1 else model.save_pretrained(directory)
         processor.save_pretrained(directory)
         write_card(directory, model.config, facts_of_run(config, results), base=model.origin(directory))
+
+
+def _try_card(model: Any, config: RunConfig) -> None:
+    """What a card cannot be made of fails now, and not after the training."""
+    build_card(model.config, facts_of_run(config, {}), config.run_dir)
 
 
 def _whole_state(model: nn.Module) -> dict[str, Any]:
