@@ -115,7 +115,7 @@ def test_images_wait_for_the_next_message_and_survive_a_refusal(talk, tmp_path):
         (r"/image C:\Users\me\cat.png", r"C:\Users\me\cat.png"),
         (r'/image "C:\My Pictures\cat.png"', r"C:\My Pictures\cat.png"),
         ("/image my cat.png ", "my cat.png"),
-        ("/image '/home/o'neil/cat.png'", "/home/o'neil/cat.png"),
+        ("/image '/srv/o'neil/cat.png'", "/srv/o'neil/cat.png"),
         ("/image 'half", "'half"),
         ("/image '", "'"),
         ("/reset", ""),
