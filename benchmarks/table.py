@@ -99,7 +99,7 @@ SECTIONS = (
             "scenes drawn exactly": "metrics.drawing_exact",
             "attributes drawn": "metrics.drawing_attribute_accuracy",
             "scenes rebuilt exactly": "metrics.reconstruction_exact",
-            "training, s": "training_seconds",
+            "training, s (shared machine)": "training_seconds",
         },
     ),
 )

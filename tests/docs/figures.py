@@ -55,7 +55,10 @@ def measured_table() -> str:
         lines.append(f"| `{name}` | {what} | " + " | ".join(cells) + " |")
     images = " | ".join(str(row["images_in_context"]) for row in rows)
     seconds = " | ".join(f"{row['training_seconds']:,.0f}" for row in rows)
-    lines += [f"| | images in the context of the microworld's model | {images} |", f"| | seconds of training, both stages | {seconds} |"]
+    lines += [
+        f"| | images in the context of the microworld's model | {images} |",
+        f"| | seconds of training, both stages (other jobs ran beside it: not to be compared) | {seconds} |",
+    ]
     source = f"Measured by `{results['command']}`; 95% intervals in parentheses. All of it: `{RESULTS.relative_to(ROOT)}`."
     return "\n".join(lines) + "\n\n" + source
 
