@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import sys
+from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -13,9 +15,14 @@ _WIDTH = 110  # columns that the widest table needs
 
 
 def quiet_libraries() -> None:
-    """Ask transformers and diffusers for errors only, and no bars; must come before they are imported. A user's own setting is kept."""
+    """Ask transformers and diffusers for errors only, and no bars. A user's own setting is kept, unless they are already imported."""
     for name, value in _QUIET.items():
         os.environ.setdefault(name, value)
+    for library in ("transformers", "diffusers"):  # they read the environment once
+        if library in sys.modules:
+            logging = import_module(f"{library}.utils.logging")
+            logging.set_verbosity_error()
+            logging.disable_progress_bar()
 
 
 def show_table(table: Table) -> None:
