@@ -6,8 +6,9 @@ Ours is `MetaMorph.generate`. The other side is the authors' way, written by us:
 embedded, projected and read for every element, and the text head asked at every step, inside images too. It is kept honest in the same
 run: its steps are timed against the bare Hugging Face model's forward over the same length, and both sides must say the same.
 
-    last    the text head sees the last position only: the kinder rewrite, and the one that the goals are compared with
-    all     logits of every position, as the authors compute them and as a Hugging Face causal LM does unless told otherwise
+    all     logits of every position, as the authors compute them and as a Hugging Face causal LM does unless told otherwise: the goals'
+            side
+    last    logits of the last position only: a kinder rewrite than theirs, reported beside it
 
 The weights are random. The text head has biases that let the model draw wherever it may and never end its turn, so that every answer is
 the wanted number of images and then text, on both sides, by greedy choice.

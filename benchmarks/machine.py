@@ -65,7 +65,7 @@ def machine() -> dict[str, Any]:
         "processor": _processor(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "load_before": round(os.getloadavg()[1], 2),  # processes that wanted a core in the 5 minutes before the end
+        "load": round(os.getloadavg()[1], 2),  # processes that wanted a core, on average of the last 5 minutes
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,

@@ -35,7 +35,7 @@ class Section:
         lines = [f"## {self.title}", to_markdown(Table(list(self.columns), rows)).strip(), f"`{content['command']}`"]
         if found := content.get("machine"):
             versions = f"Python {found['python']}, torch {found['torch']}, transformers {found['transformers']}"
-            load = f"load {found['load_before']} on {found['cores']} cores, {found['threads']} threads"
+            load = f"load {found['load']} on {found['cores']} cores, {found['threads']} threads"
             lines.append(f"{found['date']}, {found['processor']}, {load}, {versions}.")
         return "\n\n".join(lines) if rows else ""
 
