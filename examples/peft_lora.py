@@ -3,7 +3,7 @@
 `lora_settings` names what must train: the linear layers of the LLM (not the vision encoder's, which have the same names), the projector
 and the vision head as a whole, and of the embeddings only the rows of <image_start> and <image_end>.
 
-    pip install "metamorph[peft]"
+    pip install "peft>=0.21"
     python examples/peft_lora.py --out runs/lora
 """
 

@@ -6,7 +6,7 @@ Trainer the loss and gradients are those of examples/hf_trainer.py; what TRL add
 
 Rows become tensors in the collator, so the dataset holds only their numbers and TRL's own preparation is skipped.
 
-    pip install "trl>=1.16" "metamorph[peft]"
+    pip install "trl>=1.16" "peft>=0.21"
     python examples/trl_sft.py --out runs/trl
 """
 

@@ -84,7 +84,7 @@ def _show_plan(console: Console, config: RunConfig) -> None:
     from metamorph.training.plan import plan
 
     console.print(f"{config.name}: {config.description}", markup=False)
-    console.print(f"written to {config.run_dir}", markup=False, soft_wrap=True)
+    console.print(f"would be written to {config.run_dir}", markup=False, soft_wrap=True)
     wanted = config.stages[0].training.device
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     console.print(f"device {pick_device(wanted).type}, {processes} process{'' if processes == 1 else 'es'}")

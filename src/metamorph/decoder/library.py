@@ -17,7 +17,7 @@ except ModuleNotFoundError as error:
     if (error.name or "").partition(".")[0] != "diffusers":
         raise
     raise ImportError(
-        "no diffusers but the decoder (visual tokens to pixels) needs it. Install it with: pip install 'metamorph[decoder]'"
+        "no diffusers but the decoder (visual tokens to pixels) needs it. Install it: pip install 'diffusers>=0.42,<0.43'"
     ) from error
 
 Autoencoder = AutoencoderKL | AutoencoderDC

@@ -155,7 +155,7 @@ def _axes(size: tuple[float, float]) -> Iterator[tuple[Figure, Axes]]:
         import matplotlib as mpl
         from matplotlib.figure import Figure
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError('matplotlib is missing but plots need it. pip install "metamorph[reporting]"') from error
+        raise ModuleNotFoundError('matplotlib is missing but plots need it. Install it: pip install "matplotlib>=3.9"') from error
 
     style: Any = {
         "svg.fonttype": "none",  # text stays text: small, searchable, in the page's font
