@@ -19,7 +19,7 @@ def quiet_libraries() -> None:
     for name, value in _QUIET.items():
         os.environ.setdefault(name, value)
     for library in ("transformers", "diffusers"):  # they read the environment once
-        if library in sys.modules:
+        if sys.modules.get(library) is not None:
             logging = import_module(f"{library}.utils.logging")
             logging.set_verbosity_error()
             logging.disable_progress_bar()
