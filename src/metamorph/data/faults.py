@@ -1,0 +1,49 @@
+"""What can be wrong with a row or a file of data: found, expected, where, and what to do. One value for errors and for reports.
+
+Whoever reads a row calls `report(fault)`. Training gives a `report` that raises (`raise_errors`), a check gives one that collects
+(`list.append`), so that both judge by the same code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+from metamorph.errors import DataError, MediaError, RecordError
+
+Severity: TypeAlias = Literal["error", "warning"]
+"""The row cannot be used; or it can, but is hardly what its author meant."""
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One thing that is wrong."""
+
+    code: str  # stable name of the kind of fault: "image-missing"
+    place: str  # "train.jsonl:812"; a file's name where the whole file is meant
+    field: str  # "image", "conversations[1].value"; "" where the whole row is meant
+    found: str
+    expected: str
+    remedy: str
+    severity: Severity = "error"
+    media: bool = False  # an image or video is at fault, not the record that names it
+
+    def __str__(self) -> str:
+        """As a report prints it: `file:line field: found but expected. Remedy`."""
+        where = f"{self.place} {self.field}" if self.field else self.place
+        return f"{where}: {self.found} but {self.expected}. {self.remedy}"
+
+    def error(self) -> DataError:
+        """As an exception, in the form of all our errors."""
+        where = f"{self.place}, {self.field}" if self.field else self.place
+        return (MediaError if self.media else RecordError)(f"{self.found} but {self.expected} ({where}). {self.remedy}")
+
+
+Report: TypeAlias = Callable[[Fault], None]
+
+
+def raise_errors(fault: Fault) -> None:
+    """The `report` of training: an error is raised, a warning passes."""
+    if fault.severity == "error":
+        raise fault.error()
