@@ -294,10 +294,10 @@ def _part_from_json(item: Any, root: Path | None, place: str) -> Part:
         _check_fields(item, {"type", "text"}, set(), place)
         return TextPart(_typed(item["text"], str, "text", place))
     if kind == "image":
-        return _image_from_json(item, root, place)
+        return image_from_json(item, root, place)
     if kind == "video":
         _check_fields(item, {"type", "frames"}, {"fps"}, place)
-        frames = tuple(_image_from_json(frame, root, place) for frame in _typed(item["frames"], list, "frames", place))
+        frames = tuple(image_from_json(frame, root, place) for frame in _typed(item["frames"], list, "frames", place))
         fps = item.get("fps")
         if fps is not None and (isinstance(fps, bool) or not isinstance(fps, (int, float)) or not 0 < fps < float("inf")):
             raise RecordError(f"fps {fps!r} but a number above 0 is needed ({place}). Correct or drop it.")
@@ -305,7 +305,12 @@ def _part_from_json(item: Any, root: Path | None, place: str) -> Part:
     raise RecordError(f"a part of type {kind!r} but 'text', 'image' or 'video' is expected ({place}). Give each part a type.")
 
 
-def _image_from_json(item: Any, root: Path | None, place: str) -> ImagePart:
+def image_from_json(item: Any, root: Path | None, place: str) -> ImagePart:
+    """An image part of a record: exactly one of `path`, `base64`, `visual_tokens`.
+
+    Raises:
+        RecordError, MediaError: as `from_json`.
+    """
     _check_fields(item, set(), {"type", "path", "base64", "visual_tokens"}, place)
     given = [name for name in ("path", "base64", "visual_tokens") if item.get(name) is not None]
     if len(given) != 1:

@@ -43,6 +43,10 @@ class Rows(Protocol):
         """
         ...
 
+    def row_or_fault(self, index: int, /) -> RawRow | Fault:
+        """Row `index`, or what is wrong with it, for a check that goes on."""
+        ...
+
     def faults(self) -> Iterator[Fault]:
         """What is wrong with the file as a whole, found without reading rows one by one: its encoding, line ends, a half-written tail."""
         ...

@@ -1,0 +1,135 @@
+"""Files as a source of examples: containers give rows, records give examples. What recipes name to read data of their own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+from metamorph.data.faults import Fault, Report, raise_errors
+from metamorph.data.formats import FORMATS, Format, detect
+from metamorph.data.records import RecordSettings, to_example
+from metamorph.data.references import Fetch, Roots
+from metamorph.data.rows import Rows
+from metamorph.errors import ConfigError
+from metamorph.messages import Example, ImagePart, VideoPart
+
+PROBED_ROWS = 20
+"""Rows at the front of a file by which its format is told."""
+
+
+class FileSource:
+    """Rows of any container as examples: an `ExampleSource` that many threads and processes may share.
+
+    Args:
+        rows: the container.
+        settings: how rows are read; a format of None is told from the first rows, and then holds for all.
+    """
+
+    def __init__(self, rows: Rows, settings: RecordSettings) -> None:
+        self.rows, self.name = rows, settings.source or rows.name
+        self.settings = replace(settings, source=self.name, format=settings.format or format_of(rows, settings.columns))
+
+    def __len__(self) -> int:
+        """Number of rows."""
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> Example:
+        """Row `index` (from 0) as an example.
+
+        Raises:
+            RecordError, MediaError: it is broken; the message names file, line and field.
+            IndexError: there is no such row.
+        """
+        example = to_example(self.rows[index], self.settings)
+        assert example is not None, "a fault that leaves no example is an error, and errors raise"
+        return example
+
+    def examine(self, index: int, report: Report = raise_errors) -> Example | None:
+        """Row `index` as an example, its faults told to `report`; None where they leave none."""
+        row = self.rows.row_or_fault(index)
+        if isinstance(row, Fault):
+            report(row)
+            return None
+        return to_example(row, self.settings, report)
+
+
+def format_of(rows: Rows, columns: Mapping[str, str] | None = None) -> Format | None:
+    """The format of most of the first rows; None where none of them tells."""
+    names = {theirs: ours for ours, theirs in (columns or {}).items()}
+    found = []
+    for index in range(min(len(rows), PROBED_ROWS)):
+        row = rows.row_or_fault(index)
+        if not isinstance(row, Fault):
+            found.append(detect({names.get(name, name): value for name, value in row.values.items()}))
+    told = [kind for kind in found if kind is not None]
+    if {"messages", "metamorph"} <= set(told):
+        return "messages"  # the looser of the two reads both
+    return max(dict.fromkeys(told), key=told.count, default=None)
+
+
+def open_source(
+    path: str | Path | Sequence[str | Path],
+    image_root: str | Path | None = None,
+    name: str = "",
+    format: Format | None = None,
+    columns: Mapping[str, str] | None = None,
+    needs_answer: bool = True,
+    allow_urls: bool = False,
+    fps: float = 1.0,
+    max_frames: int = 45,
+    seed: int = 0,
+) -> FileSource:
+    """Data files of any known kind, for recipes: JSON, JSON lines, Parquet, WebDataset tars, folders of images with captions.
+
+    Args:
+        path: a file, folder, glob, or a list of them; `hf://datasets/NAME` for the hub.
+        image_root: the folder to which media paths are relative and which they may not leave; by default the file's own.
+        name: how tables and errors call the source; by default the file's name.
+        format: llava, messages, metamorph, qa or pairs; by default told from the rows.
+        columns: our name of a field -> its name in the file.
+        needs_answer: refuse rows in which the assistant says nothing.
+        allow_urls: fetch images that are named by a URL.
+        fps: frames per second that are taken of a video (paper, section 5: 1).
+        max_frames: of a video, the first ones (paper: 45).
+        seed: of the wording of requests where rows are pairs.
+
+    Raises:
+        RecordError: there is no such file, or it holds no rows.
+        ConfigError: an unknown format.
+    """
+    from metamorph.data.containers import open_rows
+
+    if format is not None and format not in FORMATS:
+        raise ConfigError(f"format {format!r} but one of {', '.join(FORMATS)} is expected (open_source). Correct or drop it.")
+    rows = open_rows(path, image_root=None if image_root is None else Path(image_root), name=name)
+    roots = Roots(rows.root, _fetch() if allow_urls else None)
+    settings = RecordSettings(
+        roots=roots,
+        source=name,
+        format=format,
+        columns=dict(columns or {}),
+        needs_answer=needs_answer,
+        open_video=partial(open_video, fps=fps, max_frames=max_frames),
+        seed=seed,
+    )
+    return FileSource(rows, settings)
+
+
+def open_video(path: Path, fps: float, max_frames: int) -> VideoPart:
+    """Frames of a video at a constant rate, from its start.
+
+    Raises:
+        MediaError: no frames can be read.
+    """
+    from metamorph.data.video import VideoSampling, sample_frames
+
+    sampled = sample_frames(path, VideoSampling(fps=fps, max_frames=max_frames))
+    return VideoPart(tuple(ImagePart(frame) for frame in sampled.frames), fps)
+
+
+def _fetch() -> Fetch:
+    from metamorph.data.fetching import fetch_image
+
+    return fetch_image
