@@ -9,6 +9,7 @@
     ├── TemplateError          a chat template from which the assistant's words cannot be told
     ├── ContextLengthError     a conversation is longer than the context                          (also a ValueError)
     ├── CheckpointError        a checkpoint is missing, half-written, or of another shape
+    ├── HubError               the hub does not answer, or refuses
     ├── TrainingError          training cannot go on
     │   └── NonFiniteLossError ... because a loss or gradient is not a finite number
     └── ComponentError         a part of the microworld misses its gate
@@ -37,6 +38,9 @@ class RecordError(DataError):
 class MediaError(DataError):
     """An image or video is missing, broken, larger than the limits, or outside its root."""
 
+    fault: tuple[str, str, str, str] | None = None
+    """Of an image that was refused: (code, found, expected, remedy), for reports; see `metamorph.data.faults`."""
+
 
 class AlignmentError(MetaMorphError, ValueError):
     """Two counts that must agree do not: image positions and visual tokens, targets and losses."""
@@ -52,6 +56,10 @@ class ContextLengthError(MetaMorphError, ValueError):
 
 class CheckpointError(MetaMorphError):
     """A checkpoint is missing, half-written, of another shape, or lacks the special tokens."""
+
+
+class HubError(MetaMorphError):
+    """The hub cannot be reached, or does not do what was asked of it; the client's own error is the cause."""
 
 
 class TrainingError(MetaMorphError):

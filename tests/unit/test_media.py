@@ -2,6 +2,7 @@
 
 import io
 import os
+import pickle
 import random
 import struct
 import zlib
@@ -13,7 +14,7 @@ import torch
 from PIL import Image
 
 from metamorph.errors import MediaError
-from metamorph.media import ImageLimits, open_image, preprocess, to_pil
+from metamorph.media import ImageLimits, check_header, detected_format, image_hash, open_image, preprocess, to_pil
 
 
 def gradient(width=40, height=30):
@@ -225,3 +226,124 @@ def test_to_pil_is_the_inverse_of_scaling():
     assert to_pil(np.full((3, 2, 2), 1.7, dtype=np.float32)).getpixel((0, 0)) == (255, 255, 255)
     with pytest.raises(MediaError, match="1 values that are not numbers"):
         to_pil(np.array([[[np.nan]], [[0]], [[0]]]))
+
+
+def test_an_image_opened_twice_is_turned_once():
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    stored = gradient().transpose(Image.Transpose.ROTATE_90)
+    for kind in ("PNG", "JPEG", "WEBP", "TIFF"):
+        once = open_image(encoded(stored, kind, exif=exif))
+        assert once.size == (40, 30)
+        assert mean_difference(open_image(once), once) == 0
+
+
+def test_cmyk_as_adobe_writes_it_is_not_inverted():
+    data = bytearray(encoded(gradient().convert("CMYK"), "JPEG", quality=95))
+    assert b"Adobe" in data  # which is what tells that the inks are stored inverted
+    assert mean_difference(open_image(bytes(data)), gradient()) < 12
+    stored = Image.open(io.BytesIO(data))
+    assert stored.mode == "CMYK"
+    assert mean_difference(open_image(stored), gradient()) < 12
+
+
+@pytest.mark.parametrize("transparency", [0, bytes([0, 255])])
+def test_a_palette_with_transparency_is_laid_over_white(transparency):
+    image = Image.new("P", (2, 1))
+    image.putpalette([10, 20, 30, 200, 100, 50])
+    image.putdata([0, 1])
+    result = open_image(encoded(image, transparency=transparency))
+    assert [result.getpixel((x, 0)) for x in (0, 1)] == [(255, 255, 255), (200, 100, 50)]
+
+
+def test_half_transparent_pixels_are_mixed_with_white():
+    assert open_image(encoded(Image.new("RGBA", (1, 1), (0, 0, 0, 128)))).getpixel((0, 0)) == (127, 127, 127)
+
+
+@pytest.mark.parametrize("mean", [(0.5, 0.5, 0.5), (0.48145466, 0.4578275, 0.40821073)])
+def test_preprocess_is_bit_equal_to_the_slow_formula(mean):
+    std = (0.26862954, 0.26130258, 0.27577711)
+    image = gradient(256, 200)
+    plain = (np.asarray(image, dtype=np.float32) * np.float32(1 / 255) - np.float32(mean)) / np.float32(std)
+    assert np.array_equal(preprocess(image, (200, 256), mean, std), plain.transpose(2, 0, 1))
+
+
+def photo(width, height, seed=0):
+    noise = np.random.default_rng(seed).integers(0, 256, (height // 24, width // 24, 3), dtype=np.uint8)
+    return Image.fromarray(noise).resize((width, height), Image.Resampling.BICUBIC)
+
+
+def test_a_large_jpeg_may_be_decoded_smaller_within_a_tolerance():
+    data = encoded(photo(1536, 1024), "JPEG", quality=92)
+    whole, scaled = open_image(data), open_image(data, at_least=2 * 96)
+    assert scaled.size == (384, 256)  # 1/4: at 1/8 the shorter side would have 128 pixels
+    pixels = [np.asarray(image.resize((96, 96), Image.Resampling.BICUBIC), dtype=float) for image in (whole, scaled)]
+    difference = np.abs(pixels[0] - pixels[1])
+    assert difference.mean() < 1 and difference.max() <= 8
+    assert open_image(data, at_least=1000).size == (1536, 1024)
+    png = encoded(photo(96, 96))
+    assert open_image(png, at_least=8).size == (96, 96)
+    given = Image.open(io.BytesIO(data))
+    assert open_image(given, at_least=192).size == (1536, 1024) == given.size  # what is not ours is not touched
+    with pytest.raises(MediaError, match="1572864 pixels"):
+        open_image(data, at_least=192, limits=ImageLimits(max_pixels=10**6))
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "BMP", "TIFF", "PPM", "GIF"])
+def test_a_type_is_told_by_the_content(tmp_path, kind):
+    path = tmp_path / "holiday.txt"
+    path.write_bytes(encoded(gradient(), kind))
+    assert detected_format(path) == detected_format(path.read_bytes()) == kind
+
+
+def test_types_that_are_no_images_are_told_too(tmp_path):
+    for start, kind in [
+        (b"", "unknown"),
+        (b"hello", "unknown"),
+        (b"\n <!DOCTYPE html><p>404", "HTML"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "a Git LFS pointer"),
+        (b"\0\0\0 ftypheic", "HEIC"),
+        (b"\0\0\0 ftypisom", "MP4"),
+        (b"%PDF-1.7", "PDF"),
+        (b'<?xml version="1.0"?><svg>', "SVG"),
+    ]:
+        assert detected_format(start) == kind
+    with pytest.raises(MediaError, match="No such file"):
+        detected_format(tmp_path / "none.png")
+    with pytest.raises(MediaError, match=r"no readable image \(HTML\)"):
+        open_image(b"<html>404</html>")
+
+
+def test_the_hash_knows_a_file_under_any_name(tmp_path):
+    data = encoded(gradient())
+    for name in ("a.png", "b.jpg"):
+        (tmp_path / name).write_bytes(data)
+    assert image_hash(Path("a.png"), root=tmp_path) == image_hash(tmp_path / "b.jpg") == image_hash(data)
+    assert len(image_hash(data)) == 16
+    pixels = image_hash(gradient())
+    assert pixels == image_hash(open_image(data)) != image_hash(data)
+    changed = gradient()
+    changed.putpixel((3, 3), (1, 2, 3))
+    assert len({pixels, image_hash(changed), image_hash(gradient(30, 40)), image_hash(data[:-1])}) == 4
+    with pytest.raises(MediaError, match="bytes but at most 10"):
+        image_hash(data, limits=ImageLimits(max_bytes=10))
+    with pytest.raises(MediaError, match="a path inside"):
+        image_hash(Path("../a.png"), root=tmp_path / "sub")
+
+
+def test_headers_are_checked_without_decoding():
+    data = encoded(gradient(), "JPEG")
+    check_header(data[:-50])  # cut short, which the header does not tell
+    with pytest.raises(MediaError, match="1200 pixels"):
+        check_header(data, limits=ImageLimits(max_pixels=1000))
+    frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
+    with pytest.raises(MediaError, match="2 frames"):
+        check_header(encoded(frames[0], "GIF", save_all=True, append_images=frames[1:]))
+
+
+def test_a_refusal_survives_the_way_between_processes():
+    with pytest.raises(MediaError) as caught:
+        open_image(b"")
+    back = pickle.loads(pickle.dumps(caught.value))  # noqa: S301  (our own bytes)
+    assert str(back) == str(caught.value)
+    assert back.fault[:2] == ("image-empty", "0 bytes")
