@@ -6,11 +6,12 @@ Whoever reads a row calls `report(fault)`. Training gives a `report` that raises
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
-from metamorph.errors import DataError, MediaError, RecordError
+from metamorph.errors import DataError, MediaError, MetaMorphError, RecordError
 
 Severity: TypeAlias = Literal["error", "warning"]
 """The row cannot be used; or it can, but is hardly what its author meant."""
@@ -38,6 +39,18 @@ class Fault:
         """As an exception, in the form of all our errors."""
         where = f"{self.place}, {self.field}" if self.field else self.place
         return (MediaError if self.media else RecordError)(f"{self.found} but {self.expected} ({where}). {self.remedy}")
+
+
+_MESSAGE = re.compile(r"(?P<found>.*?) but (?P<expected>.*?)(?: \((?P<place>[^()]*(?:\([^()]*\)[^()]*)*)\))?\. (?P<remedy>.*)", re.DOTALL)
+
+
+def from_error(error: MetaMorphError, code: str, place: str, field: str = "") -> Fault:
+    """One of our errors as a fault, its message taken apart; of media where it is a MediaError."""
+    media = isinstance(error, MediaError)
+    match = _MESSAGE.fullmatch(str(error))
+    if match is None:
+        return Fault(code, place, field, str(error), "a row that can be used is needed", "Correct or drop the row.", media=media)
+    return Fault(code, place, field, match["found"], match["expected"], match["remedy"], media=media)
 
 
 Report: TypeAlias = Callable[[Fault], None]

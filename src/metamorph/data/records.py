@@ -13,16 +13,18 @@ from typing import Any
 
 import numpy as np
 
-from metamorph.data.faults import Fault, Report, raise_errors
+from metamorph.data.faults import Fault, Report, from_error, raise_errors
 from metamorph.data.formats import Format, draft_of
 from metamorph.data.references import Roots, image_part, path_of
 from metamorph.data.rows import RawRow
 from metamorph.data.turns import Draft, MediaRef, Teller, Turn, check_order
-from metamorph.errors import DataError, MediaError
+from metamorph.errors import DataError, MediaError, RecordError
 from metamorph.messages import Example, ImagePart, Message, Part, TextPart, VideoPart, validate_messages
 
 Frames = tuple[ImagePart, ...]
 OpenVideo = Callable[[Path], VideoPart]
+SeeMedium = Callable[[MediaRef, ImagePart | VideoPart, Teller], None]
+"""Told of each image and video that a row names, in reading order, once it is found; may report faults of it."""
 
 
 def _no_video(path: Path) -> VideoPart:
@@ -41,6 +43,7 @@ class RecordSettings:
         needs_answer: report rows in which the assistant says nothing.
         open_video: a video file as frames.
         seed: of the wording of requests, with a row's id.
+        see_medium: for checks that open what training opens later; None = nothing is opened here.
     """
 
     roots: Roots
@@ -50,6 +53,7 @@ class RecordSettings:
     needs_answer: bool = True
     open_video: OpenVideo = _no_video
     seed: int = 0
+    see_medium: SeeMedium | None = None
 
 
 def to_example(raw: RawRow, settings: RecordSettings, report: Report = raise_errors) -> Example | None:
@@ -69,6 +73,11 @@ def to_example(raw: RawRow, settings: RecordSettings, report: Report = raise_err
         check_order(draft.turns, _turns_field(row.values), teller, needs_answer=settings.needs_answer)
     messages = tuple(_message(turn, settings, teller) for turn in draft.turns)
     if teller.failed:
+        return None
+    try:
+        validate_messages(messages, row.place, needs_answer=settings.needs_answer)  # what no fault covers, such as half a surrogate pair
+    except RecordError as error:
+        teller.tell(from_error(error, "turns-invalid", row.place, _turns_field(row.values)))
         return None
     return _finish(draft, messages, row.place, settings)
 
@@ -104,7 +113,7 @@ def _message(turn: Turn, settings: RecordSettings, teller: Teller) -> Message:
 
 def _part(ref: MediaRef, settings: RecordSettings, teller: Teller) -> Part | None:
     if ref.kind == "image":
-        return image_part(ref, settings.roots, teller)
+        return _image(ref, settings, teller)
     value = ref.value
     fps = value.get("fps") if isinstance(value, Mapping) else None
     frames = value.get("frames") if isinstance(value, Mapping) else value
@@ -117,16 +126,21 @@ def _part(ref: MediaRef, settings: RecordSettings, teller: Teller) -> Part | Non
     if path is None:
         return None
     try:
-        return settings.open_video(path)
+        part = settings.open_video(path)
     except DataError as error:
-        found, _, rest = str(error).partition(" but ")
-        expected, _, remedy = rest.partition(". ")
-        fault = Fault(
-            "video-broken", teller.place, ref.field, found, expected or "a video is needed", remedy or "Fetch it again.", media=True
-        )
-        teller.failed = True
-        teller.report(fault)
+        code = error.fault[0] if isinstance(error, MediaError) and error.fault else "video-broken"
+        teller.tell(from_error(error, code, teller.place, ref.field))
         return None
+    if settings.see_medium is not None:
+        settings.see_medium(ref, part, teller)
+    return part
+
+
+def _image(ref: MediaRef, settings: RecordSettings, teller: Teller) -> ImagePart | None:
+    part = image_part(ref, settings.roots, teller)
+    if part is not None and settings.see_medium is not None:
+        settings.see_medium(ref, part, teller)
+    return part
 
 
 def _listed_frames(ref: MediaRef, frames: Any, fps: Any, settings: RecordSettings, teller: Teller) -> VideoPart | None:
@@ -134,7 +148,7 @@ def _listed_frames(ref: MediaRef, frames: Any, fps: Any, settings: RecordSetting
         teller.fault("video-empty", ref.field, "a video of 0 frames", "at least 1 is needed", "Drop it or give it frames.")
         return None
     values = [_frame_value(frame) for frame in frames]
-    parts = [image_part(MediaRef("image", value, f"{ref.field}[{number}]"), settings.roots, teller) for number, value in enumerate(values)]
+    parts = [_image(MediaRef("image", value, f"{ref.field}[{number}]"), settings, teller) for number, value in enumerate(values)]
     if fps is not None and (isinstance(fps, bool) or not isinstance(fps, (int, float)) or not 0 < fps < float("inf")):
         teller.fault("video-fps", f"{ref.field}", f"fps {fps!r}", "a number above 0 is needed", "Correct or drop it.")
     kept = tuple(part for part in parts if part is not None)
@@ -149,7 +163,6 @@ def _frame_value(frame: Any) -> Any:
 
 
 def _finish(draft: Draft, messages: tuple[Message, ...], place: str, settings: RecordSettings) -> Example:
-    validate_messages(messages, place, needs_answer=settings.needs_answer)  # what no fault covers, such as half a surrogate pair
     source = draft.source or settings.source
     example = Example(messages, draft.id, source, draft.kind or kind_of(messages), draft.weight, place)
     return example if draft.kind != "generation" or len(messages) != 2 else _requested(example, settings.seed)

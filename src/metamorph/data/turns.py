@@ -79,8 +79,12 @@ class Teller:
 
     def fault(self, code: str, where: str, found: str, expected: str, remedy: str, *, warning: bool = False) -> None:
         """Report one."""
-        self.failed = self.failed or not warning
-        self.report(Fault(code, self.place, where, found, expected, remedy, "warning" if warning else "error"))
+        self.tell(Fault(code, self.place, where, found, expected, remedy, "warning" if warning else "error"))
+
+    def tell(self, fault: Fault) -> None:
+        """Report one that is made already."""
+        self.failed = self.failed or fault.severity == "error"
+        self.report(fault)
 
 
 def role_of(name: Any, where: str, teller: Teller) -> Role | None:
