@@ -20,7 +20,7 @@ FORBIDDEN_NAMES = {"utils.py", "common.py", "helpers.py", "misc.py", "util.py", 
 OWNERS = {
     "diffusers": ("decoder/",),
     "datasets": ("data/",),
-    "av": ("data/video.py",),
+    "av": ("data/decoding.py",),
     "matplotlib": ("reporting/",),
     "wandb": ("training/trackers.py",),
     "tensorboard": ("training/trackers.py",),
