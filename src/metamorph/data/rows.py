@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,9 +45,49 @@ class Rows(Protocol):
         ...
 
     def row_or_fault(self, index: int, /) -> RawRow | Fault:
-        """Row `index`, or what is wrong with it, for a check that goes on."""
+        """Row `index`, or what is wrong with it as a value: `self[index]` raises just that.
+
+        Raises:
+            IndexError: there is no such row.
+        """
         ...
 
     def faults(self) -> Iterator[Fault]:
-        """What is wrong with the file as a whole, found without reading rows one by one: its encoding, line ends, a half-written tail."""
+        """What is wrong with the file as a whole, found without reading rows one by one: its encoding, line ends, a half-written tail.
+
+        An error among them means that rows are missing or unreadable, so whoever trains asks before it begins. Where a row is at fault,
+        `row_or_fault` returns an equal fault, so that a report can tell that it has it already.
+        """
         ...
+
+
+class FaultyRows(ABC):
+    """The part that all containers share: whatever is wrong with a row is a value first, and an error where the row itself is asked for."""
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def row_or_fault(self, index: int, /) -> RawRow | Fault:
+        """Row `index`, or what is wrong with it."""
+
+    def __getitem__(self, index: int, /) -> RawRow:
+        """Row `index`.
+
+        Raises:
+            RecordError: it cannot be read; the message names file and line.
+            IndexError: there is no such row.
+        """
+        row = self.row_or_fault(index)
+        if isinstance(row, Fault):
+            raise row.error()
+        return row
+
+    def check_index(self, index: int, name: str) -> None:
+        """Refuse what is no row; negative numbers are none.
+
+        Raises:
+            IndexError: there is no such row.
+        """
+        if not 0 <= index < len(self):
+            raise IndexError(f"row {index} but 0 to {len(self) - 1} exist ({name})")
