@@ -38,15 +38,23 @@ class Fault:
     def error(self) -> DataError:
         """As an exception, in the form of all our errors."""
         where = f"{self.place}, {self.field}" if self.field else self.place
-        return (MediaError if self.media else RecordError)(f"{self.found} but {self.expected} ({where}). {self.remedy}")
+        message = f"{self.found} but {self.expected} ({where}). {self.remedy}"
+        if not self.media:
+            return RecordError(message)
+        error = MediaError(message)
+        error.fault = (self.code, self.found, self.expected, self.remedy)
+        return error
 
 
 _MESSAGE = re.compile(r"(?P<found>.*?) but (?P<expected>.*?)(?: \((?P<place>[^()]*(?:\([^()]*\)[^()]*)*)\))?\. (?P<remedy>.*)", re.DOTALL)
 
 
 def from_error(error: MetaMorphError, code: str, place: str, field: str = "") -> Fault:
-    """One of our errors as a fault, its message taken apart; of media where it is a MediaError."""
+    """One of our errors as a fault, its message taken apart; of media where it is a MediaError, whose own code then stays."""
     media = isinstance(error, MediaError)
+    if media and error.fault is not None:
+        code, found, expected, remedy = error.fault
+        return Fault(code, place, field, found, expected, remedy, media=True)
     match = _MESSAGE.fullmatch(str(error))
     if match is None:
         return Fault(code, place, field, str(error), "a row that can be used is needed", "Correct or drop the row.", media=media)

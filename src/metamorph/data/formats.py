@@ -309,7 +309,7 @@ def _pairs(values: Mapping[str, Any], teller: Teller) -> Draft | None:
     if text is None:
         return None
     check_markers(text, name, teller)
-    return Draft([Turn("user", (text,), name), Turn("assistant", (refs[0],), field)], kind="generation")
+    return Draft([Turn("user", (text,), name), Turn("assistant", (refs[0],), field)], is_pair=True)
 
 
 def _several_images(number: int) -> str:

@@ -22,13 +22,14 @@ from metamorph.errors import DataError, MediaError, RecordError
 from metamorph.messages import Example, ImagePart, Message, Part, TextPart, VideoPart, validate_messages
 
 Frames = tuple[ImagePart, ...]
-OpenVideo = Callable[[Path], VideoPart]
+OpenVideo = Callable[[Path | bytes], VideoPart]
 SeeMedium = Callable[[MediaRef, ImagePart | VideoPart, Teller], None]
 """Told of each image and video that a row names, in reading order, once it is found; may report faults of it."""
 
 
-def _no_video(path: Path) -> VideoPart:
-    raise MediaError(f"a video but no way to open one was given ({path}). Read rows through FileSource.")
+def _no_video(video: Path | bytes) -> VideoPart:
+    place = f"{len(video)} bytes" if isinstance(video, bytes) else video
+    raise MediaError(f"a video but no way to open one was given ({place}). Read rows through FileSource.")
 
 
 @dataclass(frozen=True)
@@ -119,17 +120,19 @@ def _part(ref: MediaRef, settings: RecordSettings, teller: Teller) -> Part | Non
     frames = value.get("frames") if isinstance(value, Mapping) else value
     if isinstance(frames, (list, tuple)):
         return _listed_frames(ref, frames, fps, settings, teller)
-    if not isinstance(frames, (str, Path)):
-        teller.fault("video-type", ref.field, f"{type(frames).__name__}", "a path or a list of frames is needed", "Write its path.")
-        return None
-    path = path_of(str(frames), ref, settings.roots, teller)
-    if path is None:
-        return None
+    stored = value.get("bytes") if isinstance(value, Mapping) else value
+    if not isinstance(stored, bytes):
+        written = value.get("path") if isinstance(value, Mapping) else value
+        if not isinstance(written, (str, Path)):
+            teller.fault("video-type", ref.field, f"{type(value).__name__}", "a path or a list of frames is needed", "Write its path.")
+            return None
+        stored = path_of(str(written), ref, settings.roots, teller)
+        if stored is None:
+            return None
     try:
-        part = settings.open_video(path)
+        part = settings.open_video(stored)
     except DataError as error:
-        code = error.fault[0] if isinstance(error, MediaError) and error.fault else "video-broken"
-        teller.tell(from_error(error, code, teller.place, ref.field))
+        teller.tell(from_error(error, "video-broken", teller.place, ref.field))
         return None
     if settings.see_medium is not None:
         settings.see_medium(ref, part, teller)
@@ -165,7 +168,7 @@ def _frame_value(frame: Any) -> Any:
 def _finish(draft: Draft, messages: tuple[Message, ...], place: str, settings: RecordSettings) -> Example:
     source = draft.source or settings.source
     example = Example(messages, draft.id, source, draft.kind or kind_of(messages), draft.weight, place)
-    return example if draft.kind != "generation" or len(messages) != 2 else _requested(example, settings.seed)
+    return _requested(example, settings.seed) if draft.is_pair else example
 
 
 def _requested(example: Example, seed: int) -> Example:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
-from functools import partial
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from metamorph.data.faults import Fault, Report, raise_errors
 from metamorph.data.formats import FORMATS, Format, detect
@@ -14,6 +14,10 @@ from metamorph.data.references import Fetch, Roots
 from metamorph.data.rows import Rows
 from metamorph.errors import ConfigError
 from metamorph.messages import Example, ImagePart, VideoPart
+
+if TYPE_CHECKING:
+    from metamorph.data.decoding import VideoSource
+    from metamorph.data.video import SampledVideo
 
 PROBED_ROWS = 20
 """Rows at the front of a file by which its format is told."""
@@ -111,25 +115,39 @@ def open_source(
         format=format,
         columns=dict(columns or {}),
         needs_answer=needs_answer,
-        open_video=partial(open_video, fps=fps, max_frames=max_frames),
+        open_video=VideoOpener(fps, max_frames),
         seed=seed,
     )
     return FileSource(rows, settings)
 
 
-def open_video(path: Path, fps: float, max_frames: int) -> VideoPart:
-    """Frames of a video at a constant rate, from its start.
+@dataclass(frozen=True)
+class VideoOpener:
+    """Opens videos as frames at a constant rate, from their start."""
 
-    Raises:
-        MediaError: no frames can be read.
-    """
-    from metamorph.data.video import VideoSampling, sample_frames
+    fps: float = 1.0
+    max_frames: int = 45
 
-    sampled = sample_frames(path, VideoSampling(fps=fps, max_frames=max_frames))
-    return VideoPart(tuple(ImagePart(frame) for frame in sampled.frames), fps)
+    def __call__(self, video: VideoSource) -> VideoPart:
+        """The frames.
+
+        Raises:
+            MediaError: none can be read.
+        """
+        return self.part(self.sample(video))
+
+    def part(self, sampled: SampledVideo) -> VideoPart:
+        """Frames that were sampled, as a part of a message."""
+        return VideoPart(tuple(ImagePart(frame) for frame in sampled.frames), self.fps)
+
+    def sample(self, video: VideoSource) -> SampledVideo:
+        """The frames, and what stands in the way of more."""
+        from metamorph.data.video import VideoSampling, sample_frames
+
+        return sample_frames(video, VideoSampling(fps=self.fps, max_frames=self.max_frames))
 
 
 def _fetch() -> Fetch:
-    from metamorph.data.fetching import fetch_image
+    from metamorph.data.fetch import fetch_image
 
     return fetch_image

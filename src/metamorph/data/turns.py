@@ -67,6 +67,7 @@ class Draft:
     source: str = ""
     kind: str = ""
     weight: float = 1.0
+    is_pair: bool = False  # a caption and its image, without the words of a request
 
 
 @dataclass
