@@ -1,0 +1,56 @@
+"""Video-STaR (Zohar et al., 2024): questions about videos of three other data sets. See docs/datasets/video-star.md."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from metamorph.data.datasets.clips import MAX_FRAMES, questions_about
+from metamorph.data.datasets.published import PublishedSource, existing, folder, open_records, video_of
+from metamorph.data.rows import RawRow
+from metamorph.data.video import VideoSampling
+from metamorph.messages import Example
+
+FILES = ("ft_json/kinetics700_tune_.json", "ft_json/starb_tune_.json", "ft_json/finediving_tune_.json")
+"""The files of records, as they lie on the hub."""
+
+
+def source(
+    directory: str,
+    videos: str | None = None,
+    files: Sequence[str] = FILES,
+    name: str = "video_star",
+    fps: float = 1.0,
+    max_frames: int = MAX_FRAMES,
+) -> PublishedSource:
+    """Questions about videos, of `orrzohar/Video-STaR`.
+
+    Args:
+        directory: the folder of the data set, with the files of records.
+        videos: the folder to which paths of videos are relative; by default the same.
+        files: the records, relative to `directory`.
+        name: how tables and errors call the source.
+        fps: frames per second that are shown.
+        max_frames: at most so many, the first ones.
+
+    Raises:
+        RecordError: a file is missing or holds no rows.
+        ConfigError: a number is out of range.
+    """
+    root = folder(directory, holds=", ".join(files))
+    shown = folder(videos, holds="the videos") if videos is not None else root
+    rows = open_records(existing([root / file for file in files], holds="a file of records"), shown, name)
+    return PublishedSource(rows, partial(convert, root=shown, sampling=VideoSampling(fps=fps, max_frames=max_frames), name=name), name)
+
+
+def convert(raw: RawRow, rng: np.random.Generator, root: Path, sampling: VideoSampling, name: str) -> Example:
+    """A record as an example. Its video is in `video`, or, as in the authors' own files, in `image`. Nothing is drawn.
+
+    Raises:
+        RecordError, MediaError: the record or its video cannot be used.
+    """
+    field = "image" if raw.values.get("video") is None and raw.values.get("image") is not None else "video"
+    return questions_about(raw, video_of(raw, raw.values.get(field), root, field), sampling, name)
