@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Literal, cast
+from typing import TYPE_CHECKING, Annotated, Literal, cast
 
 import typer
 
 from metamorph.errors import ConfigError
+
+if TYPE_CHECKING:
+    from metamorph.messages import Example
 
 
 def register(app: typer.Typer) -> None:
@@ -16,6 +20,7 @@ def register(app: typer.Typer) -> None:
     group = typer.Typer(help="The microworld: build its pretrained parts, look at its data.", no_args_is_help=True, rich_markup_mode=None)
     group.command("build")(build)
     group.command("show")(show)
+    group.command("export")(export)
     group.command("band")(band)
     group.command("ship")(ship)
     app.add_typer(group, name="microworld")
@@ -61,6 +66,31 @@ def show(
     from metamorph.reporting.page import write
 
     typer.echo(f"{write(data_page(rows, seed, split), out)}: open it in a browser.")
+
+
+def export(
+    out: Annotated[Path, typer.Option(help="The directory to write; it may exist if it is empty.")],
+    format: Annotated[Literal["llava", "messages", "parquet", "webdataset"], typer.Option(help="How the rows are written.")] = "messages",
+    rows: Annotated[int, typer.Option(min=1, help="Conversations.")] = 1000,
+    kinds: Annotated[str | None, typer.Option(help="Some kinds, with commas: generation,edit. Default: all, as in training.")] = None,
+    split: Annotated[Literal["train", "validation", "test"], typer.Option(help="Which scenes.")] = "train",
+    seed: Annotated[int, typer.Option(help="Of the rows.")] = 0,
+) -> None:
+    """Write conversations and their pictures as files, in a format in which data sets are published: sample data to try things on."""
+    from rich.console import Console
+    from rich.progress import track
+
+    from metamorph.microworld.export import export as export_rows
+    from metamorph.microworld.export import rows_to_export
+
+    console = Console(stderr=True)
+
+    def follow(examples: Iterable[Example]) -> Iterable[Example]:
+        return track(examples, "rows", total=rows, console=console, transient=True, disable=not console.is_terminal)
+
+    made = export_rows(rows_to_export(rows, kinds, split, seed), format, out, name=split, follow=follow)
+    named = str(made.files[0]) + (f" to {made.files[-1].name}" if len(made.files) > 1 else "")
+    typer.echo(f"{named}: {made.rows} rows as {format}, {made.bytes / 1e6:.1f} MB with images.")
 
 
 def band(
