@@ -40,6 +40,7 @@ VIDEO_LIMITS = ImageLimits(max_pixels=2**25)
 _HD_HEIGHT = 720
 _UNSPECIFIED = 2  # colour space, as FFmpeg numbers it
 _BLIND_SEEK_SECONDS = 2.0
+_ROUNDING_SECONDS = 0.0005
 _UPRIGHT = {90: Image.Transpose.ROTATE_90, 180: Image.Transpose.ROTATE_180, 270: Image.Transpose.ROTATE_270}
 
 
@@ -82,8 +83,8 @@ def open_video(source: VideoSource, stored_fps: float, limits: ImageLimits) -> I
     except PermissionError as error:
         raise refuse("video-missing", place, "a file that may not be read", "a video is needed", "Change its permissions.") from error
     except (av.FFmpegError, OSError, ValueError) as error:
-        raise refuse("video-broken", place, f"data that is no readable video ({getattr(error, 'strerror', None) or error})", "a video is needed",
-                      "Fetch or convert the file.") from error  # fmt: skip
+        found = f"data that is no readable video ({getattr(error, 'strerror', None) or error})"
+        raise refuse("video-broken", place, found, "a video is needed", "Fetch or convert the file.") from error
     with container:
         yield VideoFile(container, limits, place)
 
@@ -134,7 +135,8 @@ class VideoFile:
 
     def frame_at(self, time: float) -> Image.Image | None:
         """The frame on display at a time, None if there is none. Times must not go back."""
-        tick = self._start + round(time / self._tick)
+        slack = min(0.5, _ROUNDING_SECONDS / self._tick)  # containers round the times of frames, many to milliseconds
+        tick = self._start + math.floor(time / self._tick + slack)
         if self._is_worth_seeking(tick):
             self._seek(tick)
         while self._shown is None or _pts(self._shown) != tick:  # at the very tick, nothing later can be on display
@@ -176,22 +178,23 @@ class VideoFile:
         return self._blind and (tick - _pts(here)) * self._tick > _BLIND_SEEK_SECONDS
 
     def _seek(self, tick: int) -> None:
-        """Go to a keyframe at or before the tick; from one that turns out to be later, further back."""
+        """Go to a keyframe at or before the tick: where none is found, or a later one, further and further back."""
         import av
 
         before, second = self._shown, max(1, round(1 / self._tick))
-        step = 0
+        first = self._start - second  # some containers find their beginning only from before it
+        aim, step = max(first, tick), second
         while True:
             try:
-                self._container.seek(max(tick - step, self._start - second), stream=self._stream)
+                self._container.seek(aim, stream=self._stream)
             except av.FFmpegError:  # a container without a way to seek: read on from where we are
                 self._blind = False
                 return
             self._frames = self._decode()
             self._shown, self._next = None, self._read()
-            if self._next is None or _pts(self._next) <= tick or tick - step < self._start:
+            if aim <= first or (self._next is not None and _pts(self._next) <= tick):
                 break
-            step = 2 * step or second
+            aim, step = max(first, aim - step), 2 * step
         if before is not None and self._next is not None and _pts(self._next) <= _pts(before):
             self._blind = False
 
@@ -202,7 +205,7 @@ class VideoFile:
         """Frames in the order of display, from where the file stands, up to its end or to the first damage."""
         import av
 
-        last = self._start if self._shown is None else _pts(self._shown)
+        last, self.broken = self._start if self._shown is None else _pts(self._shown), ""
         try:
             for packet in self._container.demux(self._stream):
                 if packet.is_corrupt:

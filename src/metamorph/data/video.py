@@ -27,7 +27,7 @@ from metamorph.data.decoding import (
     refuse,
 )
 from metamorph.data.faults import Fault
-from metamorph.errors import ConfigError
+from metamorph.errors import ConfigError, MediaError
 from metamorph.media import ImageLimits
 
 
@@ -86,7 +86,10 @@ def _as_media_error() -> Iterator[None]:
     try:
         yield
     except Refused as refusal:
-        raise refusal.fault.error() from refusal
+        fault = refusal.fault
+        error = MediaError(str(fault.error()))
+        error.fault = (fault.code, fault.found, fault.expected, fault.remedy)
+        raise error from refusal
 
 
 def probe(source: VideoSource, *, stored_fps: float = 1.0, limits: ImageLimits = VIDEO_LIMITS) -> VideoInfo:
