@@ -1,11 +1,11 @@
 """Small sources, token sequences and streams for the tests of data; importable, so that worker processes can have them too."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from metamorph.batch import IGNORE_INDEX, TokenSequence
-from metamorph.data.mixture import Mixture, WeightedSource
+from metamorph.data.mixture import Mixture, WeightedSource, shuffled
 from metamorph.data.stream import BatchStream
 from metamorph.errors import MediaError
 from metamorph.messages import Example, Message
@@ -82,7 +82,22 @@ def refuse(example):
     return encode(example)
 
 
-def make_stream(encode=encode, *, length=40, seed=0, order="infinite", **options):
-    """Six sequences per step from two sources."""
-    mixture = Mixture([WeightedSource(Numbers("a", length)), WeightedSource(Numbers("b", 7), 0.5)], seed=seed, order=order)
-    return BatchStream(mixture, encode, **{"batch_size": 6, **options})
+def refuse_many(example):
+    """An encoder that dislikes every row that ends in 3 or 4."""
+    if example.messages[0].text[-1] in "34":
+        raise MediaError("a broken image")
+    return replace(encode(example), id=example.id, source=example.source)
+
+
+def make_stream(encode=encode, *, length=40, seed=0, order="infinite", epochs=1, **options):
+    """Six sequences per step from two sources, the second drawn half as often for its length."""
+    rate = {"repeats" if order == "epoch" else "weight": 0.5}
+    sources = [WeightedSource(Numbers("a", length)), WeightedSource(Numbers("b", 7), **rate)]
+    return BatchStream(Mixture(sources, seed=seed, order=order, epochs=epochs), encode, **{"batch_size": 6, **options})
+
+
+def realistic_length(number):
+    """Lengths as in a mixture of chats and records of many images: 60% of 40 to 120, 30% of 150 to 300, 10% of 900 to 1,200 positions."""
+    point = shuffled(number % 1009, 1009, 5) / 1009
+    low, high = next(span for share, span in ((0.6, (40, 120)), (0.9, (150, 300)), (1.1, (900, 1200))) if point < share)
+    return low + shuffled(number % 997, 997, 9) % (high - low + 1)

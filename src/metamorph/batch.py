@@ -118,6 +118,21 @@ class Batch:
         not_inputs = ("target_counts", "ids", "sources")
         return {name: value for name, value in vars(self).items() if name not in not_inputs}
 
+    def documents_of_targets(self) -> dict[str, Int64[Tensor, " q"]]:
+        """For each kind, which document (by its number in `ids` and `sources`) each target belongs to, in the order of the losses."""
+        lengths = self.document_lengths if self.document_lengths is not None else [(self.input_ids.shape[1],)] * len(self)
+        documents = torch.zeros_like(self.input_ids)
+        number = 0
+        for row, row_lengths in enumerate(lengths):
+            spans = torch.tensor(row_lengths)
+            documents[row, : int(spans.sum())] = torch.arange(number, number + len(spans)).repeat_interleave(spans).to(documents.device)
+            number += len(spans)
+        text = predictable(self.attention_mask, self.document_lengths) & (self.labels != IGNORE_INDEX)
+        drawn = (
+            documents[self.is_visual].view(len(self.visual_targets), -1)[self.visual_targets] if len(self.visual_targets) else documents[:0]
+        )
+        return {"text": documents[text], "visual": drawn.flatten()}
+
     def split_into(self, parts: int) -> list["Batch"]:
         """Cut into at most `parts` batches of whole rows, as even as possible, each with its own target counts."""
         rows = torch.arange(len(self)).tensor_split(min(parts, len(self)))

@@ -16,10 +16,14 @@ VisualLoss = Callable[..., "LossTerm"]
 
 
 class LossTerm(NamedTuple):
-    """A sum over targets of one kind and their number. A count of 0 is legal and contributes exactly 0."""
+    """A sum over targets of one kind and their number. A count of 0 is legal and contributes exactly 0.
+
+    `per_target`, where it is known, are the values that were added up, without gradient, in the order of the targets: for curves by source.
+    """
 
     sum: Float[Tensor, ""]
     count: Int[Tensor, ""]
+    per_target: Float[Tensor, " q"] | None = None
 
     def __add__(self, other: "LossTerm") -> "LossTerm":  # pyright: ignore[reportIncompatibleMethodOverride]
         """Term of both sets of targets together."""
@@ -61,4 +65,4 @@ def visual_loss(name: VisualLossName) -> VisualLoss:
 
 def _total(per_target: Float[Tensor, " q"], weights: Float[Tensor, " q"] | None) -> LossTerm:
     weighted = per_target if weights is None else per_target * weights.float()
-    return LossTerm(weighted.sum(), torch.tensor(per_target.numel(), device=per_target.device))
+    return LossTerm(weighted.sum(), torch.tensor(per_target.numel(), device=per_target.device), weighted.detach())

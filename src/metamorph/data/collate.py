@@ -54,6 +54,15 @@ def pack(sequences: Sequence[TokenSequence], max_length: int, *, pad_id: int = 0
     )
 
 
+def pack_rows(rows: Sequence[Sequence[TokenSequence]], *, pad_id: int = 0) -> Batch:
+    """The given sequences in the given rows, as `pack` lays them out.
+
+    Raises:
+        AlignmentError: no sequences, or images of different shapes.
+    """
+    return _assemble([list(row) for row in rows], "right", pad_id, packed=True)
+
+
 def first_fit(lengths: Sequence[int], max_length: int) -> list[list[int]]:
     """Rows of indices into `lengths`: each item in the first row whose sum stays within `max_length`."""
     rows: list[list[int]] = []

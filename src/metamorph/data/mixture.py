@@ -6,10 +6,10 @@ Shuffling is a keyed permutation computed index by index, so that sixteen millio
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Sized
 from dataclasses import dataclass, replace
 from itertools import accumulate
-from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
+from typing import Any, Literal, NamedTuple, Protocol, TypeAlias, runtime_checkable
 
 from metamorph.errors import CheckpointError, ConfigError
 from metamorph.messages import Example
@@ -29,13 +29,49 @@ class ExampleSource(Protocol):
     def __getitem__(self, index: int, /) -> Example: ...
 
 
+Order: TypeAlias = Literal["epoch", "infinite"]
+
+
 @dataclass(frozen=True)
 class WeightedSource:
-    """A source and how often it is drawn (`weight`); `loss_weight` multiplies the loss weight of its examples."""
+    """A source and how often it is drawn."""
 
     source: ExampleSource
     weight: float = 1.0
+    """Its share of all draws, relative to the other sources' weights (order "infinite")."""
+    repeats: float = 1.0
+    """Passes over it in each epoch: 1 = every row once, 0.5 = a random half, another one each epoch (order "epoch")."""
     loss_weight: float = 1.0
+    """Multiplies the loss weight of its examples."""
+    max_examples: int | None = None
+    """Only so many of its rows, the same in every pass: a random subset, chosen by the mixture's seed."""
+
+
+@dataclass(frozen=True)
+class Subset:
+    """So many rows of a source, in an order of their own: a random choice that depends on `key` only and takes no memory."""
+
+    whole: ExampleSource
+    size: int
+    key: int
+
+    @property
+    def name(self) -> str:
+        """The source's."""
+        return self.whole.name
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, index: int) -> Example:
+        """Row `index` of the subset.
+
+        Raises:
+            IndexError: there is no such row.
+        """
+        if not 0 <= index < self.size:
+            raise IndexError(f"row {index} but 0 to {self.size - 1} exist (subset of {self.name})")
+        return self.whole[shuffled(index, len(self.whole), self.key)]
 
 
 class Draw(NamedTuple):
@@ -45,16 +81,22 @@ class Draw(NamedTuple):
     index: int
 
 
+class Place(NamedTuple):
+    """A place in the order of a mixture: draws made, in all and of each source."""
+
+    position: int
+    counts: tuple[int, ...]
+
+
 class Mixture:
     """An order over the rows of several sources, deterministic in `seed`.
 
+    `order="epoch"`, the paper's: all sources concatenated and shuffled, each as often as its `repeats` say. It ends after `epochs`.
     `order="infinite"`: each draw picks a source at random in proportion to the weights; within a source, rows come in shuffled passes,
     each row once per pass. It never ends.
-    `order="epoch"`: all sources concatenated and shuffled; a source's weight is its number of passes per epoch (1 = every row once, 0.5 = a
-    random half, another one each epoch). It ends after `epochs`.
 
     Raises:
-        ConfigError: no sources, an empty source, or a weight that is not above 0.
+        ConfigError: no sources, an empty source, or a number that is not above 0.
     """
 
     def __init__(
@@ -62,14 +104,15 @@ class Mixture:
         sources: Sequence[WeightedSource],
         *,
         seed: int,
-        order: Literal["infinite", "epoch"] = "infinite",
+        order: Order = "epoch",
         epochs: int = 1,
     ) -> None:
         _check(sources, epochs)
-        self.sources, self.seed, self.order, self.epochs = tuple(sources), seed, order, epochs
-        self._lengths = [len(entry.source) for entry in sources]
+        self.seed, self.order, self.epochs = seed, order, epochs
+        self.sources = tuple(_capped(entry, _key(seed, number, _CAP)) for number, entry in enumerate(sources))
+        self._lengths = [len(entry.source) for entry in self.sources]
         self._cumulative = list(accumulate(entry.weight for entry in sources))
-        self._ends = list(accumulate(max(1, round(entry.weight * n)) for entry, n in zip(sources, self._lengths, strict=True)))
+        self._ends = list(accumulate(max(1, round(entry.repeats * n)) for entry, n in zip(sources, self._lengths, strict=True)))
         self._position = 0
         self._counts = [0] * len(sources)
 
@@ -90,9 +133,15 @@ class Mixture:
         example = entry.source[draw.index]
         return example if entry.loss_weight == 1.0 else replace(example, weight=example.weight * entry.loss_weight)
 
-    def state_dict(self) -> dict[str, Any]:
-        """Where the order stands, and of what it is the order; plain JSON values."""
-        return {"position": self._position, "counts": list(self._counts), "mixture": self._fingerprint()}
+    @property
+    def place(self) -> Place:
+        """Where the order stands."""
+        return Place(self._position, tuple(self._counts))
+
+    def state_dict(self, place: Place | None = None) -> dict[str, Any]:
+        """Where the order stands (or stood, at `place`), and of what it is the order; plain JSON values."""
+        position, counts = place or self.place
+        return {"position": position, "counts": list(counts), "mixture": self._fingerprint()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where another mixture of the same sources, weights, seed and order stood.
@@ -101,18 +150,21 @@ class Mixture:
             CheckpointError: it was another mixture.
         """
         ours, theirs = self._fingerprint(), state["mixture"]
-        for name, value in ours.items():
-            if theirs.get(name) != value:
+        for name in {**ours, **theirs}:
+            if theirs.get(name) != ours.get(name):
                 raise CheckpointError(
-                    f"a state of {name} {theirs.get(name)} but this mixture has {value} (resuming the data order). "
+                    f"a state of {name} {theirs.get(name)} but this mixture has {ours.get(name)} (resuming the data order). "
                     "Resume with the same data, or start a new run."
                 )
         self._position, self._counts = state["position"], list(state["counts"])
 
     def _fingerprint(self) -> dict[str, Any]:
-        names = [entry.source.name for entry in self.sources]
-        weights = [entry.weight for entry in self.sources]
-        return {"sources": names, "lengths": list(self._lengths), "weights": weights, "seed": self.seed, "order": self.order}
+        named = "repeats" if self.order == "epoch" else "weights"
+        rates = [entry.repeats if self.order == "epoch" else entry.weight for entry in self.sources]
+        caps = [entry.max_examples for entry in self.sources]
+        facts = {"sources": [entry.source.name for entry in self.sources], "lengths": [_whole_length(entry) for entry in self.sources]}
+        facts |= {named: rates, "seed": self.seed, "order": self.order}
+        return facts | {"max_examples": caps} if any(caps) else facts
 
     def _next(self) -> Draw:
         position, self._position = self._position, self._position + 1
@@ -131,6 +183,28 @@ class Mixture:
         return Draw(source, shuffled(row, self._lengths[source], _key(self.seed, epoch, source, copy)))
 
 
+def mean_length(
+    source: ExampleSource, encode: Callable[[Example], Sized], sample: int, *, leave_out: tuple[type[Exception], ...] = ()
+) -> float:
+    """Mean positions of a source's examples, from `sample` rows (all, if there are no more) chosen at random, the same ones each time.
+
+    Rows that raise an error of `leave_out` do not count.
+
+    Raises:
+        MetaMorphError: as `encode`, of a row that cannot be used.
+        ConfigError: no row of the sample can be used.
+    """
+    lengths = []
+    for index in range(min(sample, len(source))):
+        try:
+            lengths.append(len(encode(source[shuffled(index, len(source), _key(len(source)))])))
+        except leave_out:
+            continue
+    if not lengths:
+        raise ConfigError(f"0 usable rows of {sample} but a mean length is needed (source {source.name}). State mean_tokens.")
+    return sum(lengths) / len(lengths)
+
+
 def shuffled(index: int, size: int, key: int) -> int:
     """The image of `index` under a permutation of range(size) chosen by `key` (a Feistel cipher that walks until it lands inside)."""
     half = max(1, ((size - 1).bit_length() + 1) // 2)
@@ -144,6 +218,7 @@ def shuffled(index: int, size: int, key: int) -> int:
             return index
 
 
+_CAP = 0xCA9  # keeps the key of a source's subset apart from those of its passes
 _GOLDEN = 0x9E3779B97F4A7C15
 _MASK64 = 2**64 - 1
 
@@ -164,17 +239,28 @@ def _key(*numbers: int) -> int:
     return key
 
 
+def _capped(entry: WeightedSource, key: int) -> WeightedSource:
+    """The same with the rows that its cap leaves."""
+    if entry.max_examples is None or entry.max_examples >= len(entry.source):
+        return entry
+    return replace(entry, source=Subset(entry.source, entry.max_examples, key))
+
+
+def _whole_length(entry: WeightedSource) -> int:
+    return len(entry.source.whole) if isinstance(entry.source, Subset) else len(entry.source)
+
+
 def _check(sources: Sequence[WeightedSource], epochs: int) -> None:
     if not sources:
         raise ConfigError("0 sources but at least 1 is needed (mixture). Name a source.")
     if epochs < 1:
         raise ConfigError(f"{epochs} epochs but at least 1 is needed (mixture). Raise the number.")
     for entry in sources:
+        place = f"source {entry.source.name}"
         if len(entry.source) == 0:
-            raise ConfigError(f"0 examples but at least 1 is needed (source {entry.source.name}). Fill the source or leave it out.")
-        for name in ("weight", "loss_weight"):
+            raise ConfigError(f"0 examples but at least 1 is needed ({place}). Fill the source or leave it out.")
+        for name in ("weight", "repeats", "loss_weight", "max_examples"):
             value = getattr(entry, name)
-            if not (0 < value < float("inf") or (name == "loss_weight" and value == 0)):
-                raise ConfigError(
-                    f"{name} {value} but a number above 0 is needed (source {entry.source.name}). Leave the source out instead."
-                )
+            if value is None or 0 < value < float("inf") or (name == "loss_weight" and value == 0):
+                continue
+            raise ConfigError(f"{name} {value} but a number above 0 is needed ({place}). Leave the source out instead.")

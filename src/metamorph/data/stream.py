@@ -3,27 +3,36 @@
 One order, whatever reads it: step s consists of draws s x batch_size ... (s + 1) x batch_size - 1 of the mixture, and rank r of w takes
 every w-th of them, so the union over ranks is what one process would read. All ranks get the same number of micro-batches, as sharded
 models need; where a step does not divide evenly, a rank that comes short repeats an example without targets, which adds exactly 0.
+
+With `packing`, a batch is stated in rows: rank r packs every w-th draw of the whole order into rows of its own, and a step takes
+batch_size / w of them from each rank, however many draws that are. Every document comes once; towards the end of the last epoch a rank
+that has run out repeats one without targets until the others have, too. What waits to be packed belongs to the state and is read again on
+resume; since each rank packs for itself, a run goes on with as many ranks as it began with.
 """
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import Any, Generic, Protocol, TypeVar, runtime_checkable
+from itertools import chain, islice
+from typing import Any, Generic, Literal, Protocol, TypeVar, runtime_checkable
 
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from metamorph.batch import IGNORE_INDEX, TokenSequence
 from metamorph.data.collate import pad
-from metamorph.data.mixture import Draw, Mixture
-from metamorph.errors import ConfigError, MetaMorphError
+from metamorph.data.mixture import Draw, Mixture, Place
+from metamorph.data.packing import Packing, RowPacker
+from metamorph.data.prefetching import in_processes, in_thread
+from metamorph.data.skipping import BadRecord, BadRecords, RowReader
+from metamorph.errors import CheckpointError, ConfigError, ContextLengthError, MetaMorphError
 from metamorph.messages import Example, Message, validate_messages
 
 Item = TypeVar("Item")
 T = TypeVar("T")
+_CHUNK, _CHUNKS_AHEAD = 8, 4
+"""Draws that a worker process reads at a time, and how many times that for each worker in advance, where rows are packed ahead."""
 
 
 @runtime_checkable
@@ -37,22 +46,39 @@ class EncodesMessages(Protocol):
 
 @dataclass(frozen=True)
 class ExampleEncoder:
-    """The usual `encode` of a stream: a processor applied to an example, whose weight goes with the sequence."""
+    """The usual `encode` of a stream: a processor applied to an example, whose weight goes with the sequence.
+
+    Args:
+        processor: makes the sequence, its images expanded.
+        max_length: positions that a sequence may have.
+        too_long: what happens to a longer conversation. "refuse": it is an error. "cut_turns": it loses its last turns, as few as possible,
+            until it fits; what is left ends with the assistant. A turn is never cut, nor an image in it.
+    """
 
     processor: EncodesMessages
     max_length: int | None = None
+    too_long: Literal["refuse", "cut_turns"] = "refuse"
 
     def __call__(self, example: Example) -> TokenSequence:
         """Encode.
 
         Raises:
             RecordError, MediaError: the example is malformed, holds no answer, or an image is broken.
-            ContextLengthError: it is longer than `max_length`.
+            ContextLengthError: it is longer than `max_length`, or its first answer ends beyond it.
         """
         validate_messages(example.messages, example.place, needs_answer=True)
-        return self.processor.encode(
-            example.messages, max_length=self.max_length, id=example.id, source=example.source, weight=example.weight
-        )
+        ends = [number for number, message in enumerate(example.messages, 1) if message.role == "assistant"]
+        wholes = [len(example.messages)] if self.too_long == "refuse" else [len(example.messages), *reversed(ends)]
+        for number, end in enumerate(dict.fromkeys(wholes), 1):
+            try:
+                return self._encode(example, example.messages[:end])
+            except ContextLengthError:
+                if number == len(set(wholes)):
+                    raise
+        raise AssertionError("the last attempt returns or raises")
+
+    def _encode(self, example: Example, messages: Sequence[Message]) -> TokenSequence:
+        return self.processor.encode(messages, max_length=self.max_length, id=example.id, source=example.source, weight=example.weight)
 
 
 def without_targets(sequence: TokenSequence) -> TokenSequence:
@@ -61,15 +87,21 @@ def without_targets(sequence: TokenSequence) -> TokenSequence:
     return replace(sequence, labels=labels, visual_targets=targets)
 
 
+def alone(own: T) -> list[T]:
+    """What every process has to say, where there is only one."""
+    return [own]
+
+
 class BatchStream:
     """An iterator over steps; each is the list of this rank's micro-batches (made by `collate`, with their own `target_counts`).
 
     Args:
         mixture: the order of the examples; the stream takes it over.
         encode: an example as what `collate` takes, usually a TokenSequence. Pure: the same example gives the same result.
-        batch_size: sequences per step, over all ranks.
-        collate: makes a batch of a list of items: `pad`, or `functools.partial(pack, max_length=4096)`.
-        micro_batch_size: sequences per micro-batch of one rank; None = the rank's whole share at once.
+        batch_size: sequences per step, over all ranks; with `packing`, rows.
+        collate: makes a batch of a list of items: `pad`, or `functools.partial(pack, max_length=4096)`; with `packing` of a list of rows,
+            each a list of items: `pack_rows`.
+        micro_batch_size: sequences (rows) per micro-batch of one rank; None = the rank's whole share at once.
         rank: this process, of `world_size`.
         world_size: number of processes that share the batches.
         workers: processes that encode; 0 = a thread of this one. They are started anew (spawn), so that `encode` and the sources must
@@ -77,6 +109,9 @@ class BatchStream:
         prefetch: steps (per worker) to be ahead; 0 without workers = encode when asked.
         group_by_length: sort a rank's share of a step by length, which saves padding; the step's losses stay the same.
         blank: an item without targets, for a rank that comes short.
+        packing: fill rows ahead of time, as the module says; None = the draws of a step, as they come.
+        bad_records: pass over rows that cannot be used, up to its limit; None = the first one is an error.
+        gather: this process's value -> those of all ranks, in order; called once a step if rows are packed or passed over.
 
     Raises:
         ConfigError: sizes that do not fit each other.
@@ -96,17 +131,17 @@ class BatchStream:
         prefetch: int = 2,
         group_by_length: bool = False,
         blank: Callable[[Any], Any] = without_targets,
+        packing: Packing | None = None,
+        bad_records: BadRecords | None = None,
+        gather: Callable[[Any], list[Any]] = alone,
     ) -> None:
-        if not 0 <= rank < world_size:
-            raise ConfigError(f"rank {rank} but 0 to {world_size - 1} is expected (stream of {world_size} processes). Check the launcher.")
-        if batch_size < world_size:
-            raise ConfigError(f"batch_size {batch_size} but {world_size} processes (stream). Give every process at least 1 sequence.")
-        if micro_batch_size is not None and micro_batch_size < 1:
-            raise ConfigError(f"micro_batch_size {micro_batch_size} but at least 1 is needed (stream). Raise it or use None.")
+        _check_sizes(batch_size, micro_batch_size, rank, world_size, packed=packing is not None)
         self._mixture, self._batch_size, self._rank, self._world_size = mixture, batch_size, rank, world_size
-        self._workers, self._prefetch = workers, prefetch
-        self._steps = _Steps(mixture, encode, collate, blank, micro_batch_size, group_by_length)
-        self._state = {"step": 0, "mixture": mixture.state_dict()}
+        self._workers, self._prefetch, self._packing, self._gather = workers, prefetch, packing, gather
+        self.bad_records = bad_records
+        reader = RowReader(mixture, encode, bad_records.limit if bad_records is not None else None)
+        self._steps = _Steps(reader, collate, blank, micro_batch_size, group_by_length)
+        self._state: dict[str, Any] = {"step": 0, "mixture": mixture.state_dict()} | ({"waiting": []} if packing is not None else {})
         self._producer: Iterator[_Step | MetaMorphError] | None = None
 
     def __iter__(self) -> Iterator[list[Any]]:
@@ -127,6 +162,7 @@ class BatchStream:
             step = next(self._producer)
             if isinstance(step, MetaMorphError):
                 raise step
+            self._hear_others(step)
         except StopIteration:
             raise
         except BaseException:  # a broken producer must not look like the end of the data
@@ -136,18 +172,35 @@ class BatchStream:
         return step.micro_batches
 
     def state_dict(self) -> dict[str, Any]:
-        """The state after the last step that was handed out, whatever has been read ahead; plain JSON values, the same on all ranks."""
-        return self._state
+        """The state after the last step that was handed out, whatever has been read ahead; plain JSON values.
+
+        It is the same on all ranks, except with `packing`: then each knows only its own rows, and all states are needed to go on.
+        """
+        if self._packing is None:
+            state = self._state
+        else:
+            state = {**self._state, "rank": self._rank, "world_size": self._world_size}
+        return state if self.bad_records is None else {**state, "bad_records": self.bad_records.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on after the step at which the state was taken, be it with other ranks, workers or micro-batches.
+        """Go on after the step at which the state was taken, be it with other workers or micro-batches; without `packing` also other ranks.
 
         Raises:
-            CheckpointError: the state belongs to another mixture.
+            CheckpointError: the state belongs to another mixture, or to other rows: of another rank, or not packed ahead.
         """
         self.close()
+        if ("waiting" in state) != (self._packing is not None):
+            found, expected = ("rows packed ahead", "draws") if self._packing is None else ("draws", "rows packed ahead")
+            raise CheckpointError(f"a state of {found} but this stream has {expected} (resuming the data order). Keep data.batch_unit.")
+        if self._packing is not None and (state["rank"], state["world_size"]) != (self._rank, self._world_size):
+            found = f"rows packed by rank {state['rank']} of {state['world_size']}"
+            raise CheckpointError(
+                f"{found} but this is rank {self._rank} of {self._world_size} (resuming the data order). Resume with as many processes."
+            )
         self._mixture.load_state_dict(state["mixture"])
-        self._state = dict(state)
+        self._state = {name: state[name] for name in self._state}
+        if self.bad_records is not None:
+            self.bad_records.load_state_dict(state.get("bad_records", []))
 
     def close(self) -> None:
         """Stop reading ahead; the next step starts it again."""
@@ -155,13 +208,41 @@ class BatchStream:
         if isinstance(producer, Iterator) and hasattr(producer, "close"):
             producer.close()  # pyright: ignore[reportAttributeAccessIssue]
 
+    def _hear_others(self, step: _Step) -> None:
+        """Add up the bad rows of all ranks, so that all stop at the same step; and end when no rank has a row left."""
+        if self._packing is None and self.bad_records is None:
+            return
+        everyone = self._gather((step.is_blank, step.bad))
+        if self.bad_records is not None:
+            self.bad_records.add(record for _, bad in everyone for record in bad)
+        if all(is_blank for is_blank, _ in everyone):
+            raise StopIteration
+
     def _produce(self) -> Iterator[_Step | MetaMorphError]:
         """Holds no reference to the stream, so that a forgotten stream ends its thread or processes."""
-        plans = _plans(self._mixture, self._batch_size, self._rank, self._world_size, self._state["step"])
-        if self._workers:
-            return _in_processes(self._steps, plans, self._workers, max(1, self._prefetch))
-        steps = map(self._steps.__getitem__, plans)
-        return _in_thread(steps, self._prefetch) if self._prefetch else steps
+        if self._packing is None:
+            plans = _plans(self._mixture, self._batch_size, self._rank, self._world_size, self._state["step"])
+            if self._workers:
+                return in_processes(self._steps, plans, self._workers, max(1, self._prefetch))
+            steps = map(self._steps.__getitem__, plans)
+        else:
+            reads = _reads(self._steps.reader, self._rank, self._world_size, self._state["waiting"], self._workers)
+            rows = self._batch_size // self._world_size
+            steps = _packed_steps(self._steps, RowPacker(reads, self._packing), rows, self._mixture, self._state)
+        return in_thread(steps, self._prefetch) if self._prefetch else steps
+
+
+def _check_sizes(batch_size: int, micro_batch_size: int | None, rank: int, world_size: int, *, packed: bool) -> None:
+    if not 0 <= rank < world_size:
+        raise ConfigError(f"rank {rank} but 0 to {world_size - 1} is expected (stream of {world_size} processes). Check the launcher.")
+    if batch_size < world_size:
+        what = "row" if packed else "sequence"
+        raise ConfigError(f"batch_size {batch_size} but {world_size} processes (stream). Give every process at least 1 {what}.")
+    if packed and batch_size % world_size:
+        found = f"batch_size {batch_size} in packed rows but {world_size} processes"
+        raise ConfigError(f"{found} need a multiple (stream). Give every process as many rows.")
+    if micro_batch_size is not None and micro_batch_size < 1:
+        raise ConfigError(f"micro_batch_size {micro_batch_size} but at least 1 is needed (stream). Raise it or use None.")
 
 
 @dataclass(frozen=True)
@@ -186,15 +267,16 @@ def _plans(mixture: Mixture, batch_size: int, rank: int, world_size: int, step: 
 class _Step:
     micro_batches: list[Any]
     state: dict[str, Any]
+    bad: tuple[BadRecord, ...] = ()
+    is_blank: bool = False  # this rank has nothing left; its micro-batch is there so that others do not wait for it
 
 
 @dataclass(frozen=True)
 class _Steps(Dataset, Generic[Item]):
     """From plans to steps; goes to worker processes as a whole."""
 
-    mixture: Mixture
-    encode: Callable[[Example], Item]
-    collate: Callable[[Sequence[Item]], Any]
+    reader: RowReader[Item]
+    collate: Callable[[Sequence[Any]], Any]
     blank: Callable[[Item], Item]
     micro_batch_size: int | None
     group_by_length: bool
@@ -202,57 +284,108 @@ class _Steps(Dataset, Generic[Item]):
     def __getitem__(self, plan: _Plan) -> _Step | MetaMorphError:  # pyright: ignore[reportIncompatibleMethodOverride]
         """The step, or what is wrong with it: a returned error keeps its type and message on the way between processes."""
         try:
-            items = [self._item(draw) for draw in plan.draws]
+            reads = [self.reader.read(draw) for draw in plan.draws]
+            items = [item for item, _ in reads]
             real = len(items) - plan.blanks
             items[real:] = [self.blank(item) for item in items[real:]]
             if self.group_by_length:
                 items.sort(key=lambda item: -len(item))  # pyright: ignore[reportArgumentType]
-            size = self.micro_batch_size or len(items)
-            return _Step([self.collate(items[start : start + size]) for start in range(0, len(items), size)], plan.state)
+            return _Step(self.batches(items), plan.state, tuple(record for _, bad in reads for record in bad))
         except MetaMorphError as error:
             return error
 
-    def _item(self, draw: Draw) -> Item:
-        example = self.mixture.example(draw)
+    def batches(self, parts: Sequence[Any]) -> list[Any]:
+        """Micro-batches of items, or of rows of items."""
+        size = self.micro_batch_size or len(parts)
+        return [self.collate(parts[start : start + size]) for start in range(0, len(parts), size)]
+
+
+@dataclass(frozen=True)
+class _Read(Generic[Item]):
+    """A draw and what it gave, an item or an error; and the place of the order after it."""
+
+    draw: Draw
+    place: Place | None  # None: it waited already when the state was taken
+    item: Item | None = None
+    bad: tuple[BadRecord, ...] = ()
+    error: MetaMorphError | None = None
+
+    def __len__(self) -> int:
+        return len(self.item)  # pyright: ignore[reportArgumentType]
+
+    @property
+    def id(self) -> str:
+        """Of the item, for errors."""
+        return getattr(self.item, "id", "")
+
+
+@dataclass(frozen=True)
+class _Reading(Dataset, Generic[Item]):
+    """Reads a few draws at a time; goes to worker processes as a whole."""
+
+    reader: RowReader[Item]
+
+    def __getitem__(self, draws: Sequence[tuple[Draw, Place | None]]) -> list[_Read[Item]]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Each draw's item, or its error: one bad row does not keep those before it from being packed."""
+        return [self._read(draw, place) for draw, place in draws]
+
+    def _read(self, draw: Draw, place: Place | None) -> _Read[Item]:
         try:
-            return self.encode(example)
+            return _Read(draw, place, *self.reader.read(draw))
         except MetaMorphError as error:
-            if example.place in str(error):
-                raise
-            raise type(error)(f"{error} [{example.place}]") from error
+            return _Read(draw, place, error=error)
 
 
-def _in_thread(items: Iterator[T], ahead: int) -> Iterator[T]:
-    """The same items in the same order, computed by a thread that is up to `ahead` items in front."""
-    end = object()
-    pool = ThreadPoolExecutor(1, thread_name_prefix="metamorph-prefetch")
-    try:
-        pending = deque(pool.submit(next, items, end) for _ in range(ahead))
-        while (item := pending.popleft().result()) is not end:
-            pending.append(pool.submit(next, items, end))
-            yield item  # pyright: ignore[reportReturnType]
-    finally:
-        pool.shutdown(cancel_futures=True)
+def _reads(reader: RowReader[Item], rank: int, world_size: int, waiting: list[list[int]], workers: int) -> Iterator[_Read[Item]]:
+    """A rank's draws, read: first those that waited to be packed, then from the mixture's present position on."""
+    draws = chain(((Draw(*one), None) for one in waiting), _share(reader.mixture, rank, world_size))
+    if workers:
+        chunks = iter(lambda: list(islice(draws, _CHUNK)), [])
+        found = map(_with_own_memory, chain.from_iterable(in_processes(_Reading(reader), chunks, workers, _CHUNKS_AHEAD)))
+    else:
+        found = (read for one in draws for read in _Reading(reader)[[one]])
+    for read in found:
+        if read.error is not None:
+            raise read.error
+        yield read
 
 
-def _in_processes(steps: _Steps, plans: Iterator[_Plan], workers: int, ahead: int) -> Iterator[Any]:
-    """The same steps in the same order, computed by processes."""
-    loader = DataLoader(
-        steps,
-        batch_size=None,
-        sampler=plans,  # pyright: ignore[reportArgumentType]  # any iterable will do
-        num_workers=workers,
-        prefetch_factor=ahead,
-        collate_fn=_as_it_is,
-        multiprocessing_context="spawn",  # forking a process that runs threads can hang
-        generator=torch.Generator().manual_seed(0),  # else it would draw from, and change, the global one
-    )
-    iterator = iter(loader)
-    try:
-        yield from iterator
-    finally:
-        del iterator  # ends the processes
+def _share(mixture: Mixture, rank: int, world_size: int) -> Iterator[tuple[Draw, Place]]:
+    """Every `world_size`-th draw, and the place after it and its neighbours."""
+    while draws := mixture.draw(world_size):
+        if rank < len(draws):
+            yield draws[rank], mixture.place
 
 
-def _as_it_is(step: T) -> T:
-    return step
+def _packed_steps(
+    steps: _Steps[Item], packer: RowPacker[_Read[Item]], rows: int, mixture: Mixture, state: Mapping[str, Any]
+) -> Iterator[_Step]:
+    """Steps of so many rows, as long as there are documents; then blank ones without end, for other ranks may have more."""
+    number, place, last = state["step"], state["mixture"], None
+    packer.waiting += islice(packer.documents, len(state["waiting"]))
+    while True:
+        before = set(map(id, packer.waiting))
+        step = [row for row in (packer.next_row() for _ in range(rows)) if row]
+        fresh = [read for read in chain(*step, packer.waiting) if id(read) not in before]
+        if not step:
+            break
+        number, last = number + 1, step[0][0].item
+        reached = [read.place for read in fresh if read.place is not None]
+        place = mixture.state_dict(max(reached)) if reached else place
+        bad = tuple(record for read in fresh for record in read.bad)
+        waiting = [list(read.draw) for read in packer.waiting]
+        batches = steps.batches([[read.item for read in row] for row in step])
+        yield _Step(batches, {"step": number, "mixture": place, "waiting": waiting}, bad)
+    template = steps.reader.read(Draw(0, 0))[0] if last is None else last
+    blank = _Step([steps.collate([[steps.blank(template)]])], {"step": number, "mixture": place, "waiting": []}, is_blank=True)
+    while True:
+        number += 1
+        yield replace(blank, state={**blank.state, "step": number})
+
+
+def _with_own_memory(read: _Read[Item]) -> _Read[Item]:
+    """A copy out of the memory shared with the worker: each shared tensor holds a file open, and many documents wait."""
+    if not isinstance(read.item, TokenSequence):
+        return read
+    tensors = {name: value.clone() for name, value in vars(read.item).items() if isinstance(value, torch.Tensor)}
+    return replace(read, item=replace(read.item, **tensors))

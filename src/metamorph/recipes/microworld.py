@@ -94,6 +94,5 @@ def _vpit(
 
 def _data(kinds: Mapping[str, float] | None) -> DataConfig:
     source = {"size": 1_000_000, "seed": 0, **({} if kinds is None else {"kinds": dict(kinds)})}
-    return DataConfig(
-        sources=(SourceConfig(source="metamorph.microworld.examples.training_source", kwargs=source),), max_length=512, pack=True
-    )
+    sources = (SourceConfig(source="metamorph.microworld.examples.training_source", kwargs=source),)
+    return DataConfig(sources=sources, order="infinite", max_length=512, pack=True)

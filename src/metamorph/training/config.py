@@ -58,9 +58,9 @@ class TrainingConfig(Section):
     steps: int = Field(default=0, ge=0)
     """Optimizer steps; 0 = as many as the stage's data gives (order: epoch)."""
     batch_size: int = Field(default=32, ge=1)
-    """Sequences per step over all processes; used by whoever builds the stream."""
+    """Sequences (with `data.batch_unit` rows: packed rows) per step over all processes; used by whoever builds the stream."""
     micro_batch_size: int | None = Field(default=None, ge=1)
-    """Sequences per forward pass on one process; None = the whole share of a step at once."""
+    """Of these, how many per forward pass on one process; None = the whole share of a step at once."""
     optimizer: Literal["adamw", "muon"] = "adamw"
     """muon: the weights of linear layers (not the text head) by Muon, all else by AdamW; on one process."""
     learning_rate: float = Field(default=1e-3, gt=0)
@@ -131,7 +131,13 @@ class SourceConfig(Section):
     source: str
     kwargs: dict[str, Any] = {}
     weight: float = Field(default=1.0, gt=0)
-    """How often it is drawn relative to the others; in epochs, its passes per epoch."""
+    """order: infinite: its share of what is drawn, relative to the other sources, in `weight_unit`."""
+    repeats: float = Field(default=1.0, gt=0)
+    """order: epoch: its passes per epoch; 0.5 = a random half, another one in each epoch."""
+    max_examples: int | None = Field(default=None, ge=1)
+    """Use only so many of its rows: a random subset by the training seed, the same in every pass."""
+    mean_tokens: float | None = Field(default=None, gt=0)
+    """Mean positions of its sequences, for `weight_unit` tokens; None = measured on `token_sample` rows."""
     loss_weight: float = Field(default=1.0, ge=0)
     """Multiplies the loss of its examples."""
 
@@ -140,21 +146,57 @@ class DataConfig(Section):
     """What is read, in which mixture, and how it is put into batches."""
 
     sources: tuple[SourceConfig, ...] = Field(min_length=1)
-    order: Literal["infinite", "epoch"] = "infinite"
-    """Draw without end by weight, or all sources concatenated and shuffled, `epochs` times."""
+    order: Literal["epoch", "infinite"] = "epoch"
+    """All sources concatenated and shuffled, `epochs` times, as in the paper; or drawn without end by weight."""
     epochs: int = Field(default=1, ge=1)
+    weight_unit: Literal["examples", "tokens"] = "examples"
+    """What the sources' weights are shares of; tokens are positions of sequences, images included."""
+    token_sample: int = Field(default=128, ge=1)
+    """Rows of a source that are encoded to measure its mean length, where `weight_unit` needs one that is not stated."""
     max_length: int = Field(default=4096, ge=2)
-    """Longest sequence, and the length of a packed row; a longer conversation is refused."""
+    """Longest sequence, and the length of a packed row."""
+    too_long: Literal["refuse", "cut_turns"] = "refuse"
+    """A longer conversation is an error, or loses its last turns until it fits; no turn or image is ever cut in two."""
+    on_bad_record: Literal["raise", "skip"] = "raise"
+    """A row that is malformed, too long or has a broken image stops the run; or the next good row of its source takes its place."""
+    max_bad_records: int = Field(default=100, ge=0)
+    """With skip: stop above so many different bad rows, on all processes together. They are listed in bad_records.jsonl."""
     pack: bool = False
     """Several conversations in one row instead of padding."""
+    batch_unit: Literal["sequences", "rows"] = "sequences"
+    """What `batch_size` counts. rows (needs pack): rows of `max_length`, filled from conversations drawn ahead, more than 97% full."""
+    look_ahead: int = Field(default=4, ge=1)
+    """With `batch_unit` rows: so many rows' worth of conversations wait on each process to be packed."""
     group_by_length: bool = False
     """Sort a step's sequences by length before cutting micro-batches: less padding, same losses."""
     workers: int = Field(default=0, ge=0)
     """Processes that prepare batches; 0 = a thread."""
     cached_images: int = Field(default=0, ge=0)
     """Images whose encoder outputs are kept in memory instead of being computed each time; 0 = none."""
-    cache_dir: str | None = None
-    """Where encoder outputs are kept on disk as well."""
+    encoded: str | None = None
+    """A store of visual tokens (`metamorph data encode`) that holds every image of the sources: the vision encoder is then not loaded."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> DataConfig:
+        epoch = self.order == "epoch"
+        for source in self.sources:
+            found = f"order={self.order!r} and {{}} for {source.source}"
+            if epoch and source.weight != 1:
+                raise ValueError(found.format(f"weight={source.weight:g}") + " but epochs have no weights: use repeats, or order: infinite")
+            if not epoch and source.repeats != 1:
+                raise ValueError(found.format(f"repeats={source.repeats:g}") + " but only epochs repeat: use weight, or order: epoch")
+            if self.weight_unit != "tokens" and source.mean_tokens is not None:
+                raise ValueError(f"mean_tokens={source.mean_tokens:g} for {source.source} but weights are shares of {self.weight_unit}")
+        if epoch and self.weight_unit == "tokens":
+            raise ValueError("weight_unit='tokens' but epochs have no weights: use order: infinite")
+        if self.batch_unit == "rows" and (self.group_by_length or not self.pack):
+            found = f"batch_unit='rows', pack={self.pack}, group_by_length={self.group_by_length}"
+            raise ValueError(f"{found} but packed rows need pack: true and are not grouped")
+        if self.encoded is not None and self.cached_images:
+            raise ValueError(
+                f"encoded={self.encoded!r} and cached_images={self.cached_images} but encoded data need no cache: use one"
+            )
+        return self
 
 
 class StageConfig(Section):
@@ -216,6 +258,11 @@ class RunConfig(Section):
             data = stage.data or self.data
             if not stage.training.steps and (data is None or data.order != "epoch"):
                 raise ValueError(f"0 steps in stage {stage.name!r} but only data in epochs says how many there are: set steps")
+            if not stage.training.steps and data is not None and data.batch_unit == "rows":
+                raise ValueError(f"0 steps in stage {stage.name!r} but how many packed rows an epoch fills is not known before: set steps")
+        stores = [data.encoded for stage in self.stages if (data := stage.data or self.data) is not None]
+        if None in stores and any(stores):
+            raise ValueError(f"encoded={stores} by stage but either all stages read encoded data or none: set it for each")
         names = [stage.name for stage in self.stages]
         if len(set(names)) != len(names):
             raise ValueError(f"stages named {names} but each needs a name of its own")

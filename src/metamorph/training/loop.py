@@ -28,6 +28,7 @@ from metamorph.training.checkpoint import (
 from metamorph.training.config import TrainingConfig
 from metamorph.training.device import choose_precision, pick_device, processes, rank, world_size
 from metamorph.training.optim import build_optimizer, check_optimizer, set_learning_rate
+from metamorph.training.source_losses import SourceLosses
 from metamorph.training.stepping import Engine, StepFunction, TrainingBatch, check_losses, clip_gradients, count_tokens, share_counts
 from metamorph.training.trackers import MetricsFile, TerminalTracker, Tracker
 
@@ -77,7 +78,8 @@ def train(
     Args:
         step: model, batch -> for each kind of loss its sum over targets, and their number, which must be `batch.target_counts[kind]`.
         model: the whole model; frozen parts have `requires_grad` off.
-        stream: gives the micro-batches of each step; a batch has `target_counts`, `.to(device)` and, for error messages, `ids`.
+        stream: gives the micro-batches of each step; a batch has `target_counts`, `.to(device)` and, for error messages, `ids`. Where it
+            has `sources` and `documents_of_targets()`, losses are logged by source, too; where the stream has `bad_records`, their counts.
         config: steps, rates, precision and so on.
         run_dir: gets metrics.jsonl and checkpoints/<stage>/.
         stage: names the checkpoints and the rows of metrics.
@@ -127,6 +129,7 @@ class _Loop:
     companions: Mapping[str, Companion]
     done: int  # updates made so far
     history: list[dict[str, Any]] = field(default_factory=list)
+    source_losses: SourceLosses = field(default_factory=SourceLosses)
 
     def run(self, evaluators: Mapping[str, Evaluator]) -> TrainResult:
         """The loop, in the order in which it happens."""
@@ -152,7 +155,8 @@ class _Loop:
                 seconds = time.perf_counter() - started
                 speed = count_tokens(micro_batches) * world_size() / seconds
                 rates = {"learning_rate": rate, "grad_norm": losses.pop("grad_norm"), "tokens_per_second": speed}
-                self.log({**losses, **rates, "seconds": seconds, "data_wait_seconds": waited})
+                by_source = self.source_losses.of_step(parts, micro_batches, shared)
+                self.log({**losses, **rates, "seconds": seconds, "data_wait_seconds": waited, **by_source, **self.bad_records()})
             if last or (config.evaluate_every and number % config.evaluate_every == 0):
                 self.evaluate(evaluators)
             if last or (config.checkpoint_every and number % config.checkpoint_every == 0):
@@ -166,6 +170,11 @@ class _Loop:
             found = f"the data ended after {self.done} steps but {self.config.steps} were asked for ({self.stage})"
             raise TrainingError(f"{found}. Lower steps, or read more epochs.")
         return micro_batches
+
+    def bad_records(self) -> dict[str, int]:
+        """How many different rows of each source were skipped so far, if the stream skips."""
+        records = getattr(self.stream, "bad_records", None)
+        return {} if records is None else {f"bad_records/{source}": count for source, count in records.counts.items()}
 
     def log(self, row: Mapping[str, Any]) -> None:
         full = {"step": self.done, "stage": self.stage, **row}

@@ -33,6 +33,7 @@ class StagePlan:
     steps: int | None
     """None = known only once the data is there."""
     sequences_per_step: int
+    """Packed rows, where the data settings count those."""
     micro_batches: int
     tokens_per_step: int
     """At most, on all processes: every row as long as allowed."""

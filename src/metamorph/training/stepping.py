@@ -90,6 +90,7 @@ class StepPart:
     sums: Float[Tensor, " kinds"]
     counts: Float[Tensor, " kinds"]
     scales: list[float]
+    per_target: dict[str, Float[Tensor, " q"] | None]
 
 
 class Engine(nn.Module):
@@ -153,7 +154,7 @@ class Engine(nn.Module):
             total.backward()
         sums = torch.stack([terms[kind].sum.detach().float() for kind in kinds])
         counts = torch.stack([torch.as_tensor(terms[kind].count, device=sums.device).float() for kind in kinds])
-        return StepPart(kinds, sums, counts, scales)
+        return StepPart(kinds, sums, counts, scales, {kind: terms[kind].per_target for kind in kinds})
 
     def _scale(self, kind: str, batch: TrainingBatch, shared: SharedCounts) -> float:
         if self.config.normalization == "global":
@@ -234,6 +235,15 @@ def check_losses(
     return losses | {"grad_norm": grad_norm}
 
 
+def gather_objects(own: Any) -> list[Any]:
+    """A value of each process (small, of plain types), in the order of ranks, on all of them."""
+    if not dist.is_initialized():
+        return [own]
+    everyone: list[Any] = [None] * world_size()
+    dist.all_gather_object(everyone, own)
+    return everyone
+
+
 def count_tokens(micro_batches: Sequence[Any]) -> int:
     """Positions that are not padding; targets, where a batch has no positions."""
     return sum(_count_tokens(batch) for batch in micro_batches)
@@ -262,9 +272,7 @@ def _raise_if_not_finite(bad: list[str], grad_norm: float, micro_batches: Sequen
     if dist.is_initialized():
         failed = _add_up([float(bool(own))], torch.device("cuda") if dist.get_backend() == "nccl" else torch.device("cpu"))[0]
         if failed:
-            everyone: list[list[str]] = [[] for _ in range(world_size())]
-            dist.all_gather_object(everyone, own)
-            own = [text for texts in everyone for text in texts]
+            own = [text for texts in gather_objects(own) for text in texts]
     if own:
         remedy = "Look at these records, or lower the learning rate."
         raise NonFiniteLossError(f"{'; '.join(own)} but finite numbers are needed (step {step}). {remedy}")

@@ -1,0 +1,49 @@
+"""Work done ahead of time, in order: by a thread of this process, or by processes of their own."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+T = TypeVar("T")
+
+
+def in_thread(items: Iterator[T], ahead: int) -> Iterator[T]:
+    """The same items in the same order, computed by a thread that is up to `ahead` items in front."""
+    end = object()
+    pool = ThreadPoolExecutor(1, thread_name_prefix="metamorph-prefetch")
+    try:
+        pending = deque(pool.submit(next, items, end) for _ in range(ahead))
+        while (item := pending.popleft().result()) is not end:
+            pending.append(pool.submit(next, items, end))
+            yield item  # pyright: ignore[reportReturnType]
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def in_processes(steps: Dataset, plans: Iterator[Any], workers: int, ahead: int) -> Iterator[Any]:
+    """What `steps[plan]` is for each plan, in the same order, computed by processes."""
+    loader = DataLoader(
+        steps,
+        batch_size=None,
+        sampler=plans,  # pyright: ignore[reportArgumentType]  # any iterable will do
+        num_workers=workers,
+        prefetch_factor=ahead,
+        collate_fn=_as_it_is,
+        multiprocessing_context="spawn",  # forking a process that runs threads can hang
+        generator=torch.Generator().manual_seed(0),  # else it would draw from, and change, the global one
+    )
+    iterator = iter(loader)
+    try:
+        yield from iterator
+    finally:
+        del iterator  # ends the processes
+
+
+def _as_it_is(step: T) -> T:
+    return step
