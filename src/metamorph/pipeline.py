@@ -27,11 +27,13 @@ from torch import Tensor
 from transformers.utils import cached_file
 
 from metamorph.batch import TokenSequence
+from metamorph.device import find_device
 from metamorph.errors import ConfigError, ContextLengthError, RecordError
 from metamorph.messages import Message, validate_messages
 from metamorph.model.events import Answer, Event, ImageEnd
 from metamorph.model.generation import generate, stream
 from metamorph.model.state import DecodingOptions, FinishReason
+from metamorph.places import DECODER_INDEX, check_source
 from metamorph.provenance import Drawing, Part, Provenance, transcript
 
 if TYPE_CHECKING:
@@ -43,7 +45,6 @@ Conversation: TypeAlias = str | Message | Sequence[Message]
 
 DECODER = "decoder"
 """Folder of a model's own decoder."""
-_INDEX = "model_index.json"
 DECODER_BATCH = 16
 """Images that are decoded in one call."""
 
@@ -109,9 +110,13 @@ class MetaMorphPipeline:
 
         Raises:
             CheckpointError: a directory is missing or incomplete.
+            ConfigError: there is no such device.
         """
         from metamorph.model import MetaMorph, MetaMorphProcessor
 
+        device = find_device(device)  # before anything is loaded, as is the decoder's place
+        if isinstance(decoder, str | Path):
+            check_source(decoder, "a decoder", index=DECODER_INDEX)
         model = MetaMorph.from_pretrained(directory, dtype=dtype).eval()
         processor = MetaMorphProcessor.from_pretrained(directory)
         visual_decoder, place = None, find_decoder(directory) if decoder is None or decoder is True else decoder
@@ -123,10 +128,15 @@ class MetaMorphPipeline:
         pipeline.model_part = Part.loaded(directory, model.config.to_dict(), getattr(model.config, "_commit_hash", None))
         if place:
             pipeline.decoder_part = Part.loaded(str(place), _settings(visual_decoder))
-        return pipeline.to(_default_device() if device is None else device)
+        return pipeline.to(device)
 
     def to(self, device: str | torch.device) -> MetaMorphPipeline:
-        """Move model and decoder; returns the pipeline itself."""
+        """Move model and decoder; returns the pipeline itself.
+
+        Raises:
+            ConfigError: there is no such device.
+        """
+        device = find_device(device)
         self.model.to(device)  # pyright: ignore[reportArgumentType]
         if self.decoder is not None:
             self.decoder.to(device)
@@ -291,10 +301,10 @@ def _settings(decoder: VisualDecoderPipeline | None) -> dict[str, Any]:
 def find_decoder(model: str | Path) -> Path | None:
     """The decoder that belongs to a model: the folder `decoder` beside its weights, in a directory or on the hub. None without one."""
     if Path(model).is_dir():
-        return Path(model) / DECODER if (Path(model) / DECODER / _INDEX).is_file() else None
+        return Path(model) / DECODER if (Path(model) / DECODER / DECODER_INDEX).is_file() else None
     quiet = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
     try:
-        index = cached_file(str(model), f"{DECODER}/{_INDEX}", **quiet)
+        index = cached_file(str(model), f"{DECODER}/{DECODER_INDEX}", **quiet)
     except (OSError, ValueError):  # no such model: loading it says so
         return None
     if index is None:
@@ -327,10 +337,3 @@ def _as_messages(conversation: Conversation) -> Sequence[Message]:
     if isinstance(conversation, str):
         return [Message.user(conversation)]
     return [conversation] if isinstance(conversation, Message) else list(conversation)
-
-
-def _default_device() -> str:
-    """The first of cuda, mps and cpu that is there."""
-    if torch.cuda.is_available():
-        return "cuda"
-    return "mps" if torch.backends.mps.is_available() else "cpu"

@@ -172,3 +172,16 @@ def test_the_encoder_is_frozen_also_after_loading(tmp_path, built):
     for model in (built[0], MetaMorph.from_pretrained(tmp_path)):
         trained = {name.split(".")[0] for name, parameter in model.named_parameters() if parameter.requires_grad}
         assert trained == {"language_model", "projector", "vision_head"}
+
+
+def test_the_processor_can_be_had_without_the_weights(parts, built, tmp_path):
+    from metamorph.model.conversion import read_processor
+
+    alone = read_processor(*parts, num_visual_tokens=4)
+    assert alone.to_dict() == built[1].to_dict()
+    talk = [Message.user("Is it red?"), Message.assistant("yes")]
+    assert alone.encode(talk).input_ids.tolist() == built[1].encode(talk).input_ids.tolist()
+    with pytest.raises(ConfigError, match="setting 'poolin'"):
+        read_processor(*parts, poolin="area")
+    with pytest.raises(CheckpointError, match="but tokenizer and configs were expected"):
+        read_processor("nobody/has-fetched-this", parts[1])

@@ -270,7 +270,7 @@ class TestRecipe:
             ({"decoder.batches.kwargs.image_size": 32}, "images of 32 x 32 pixels but 64 x 64 .*8 x 8 positions, each 8 pixels wide"),
             ({"decoder.conditioner.hidden_sise": 16}, "Did you mean 'hidden_size'"),
             ({"decoder.objective.dropout": 0.1}, "Did you mean 'condition_dropout'"),
-            ({"decoder.base": tmp_path / "nowhere"}, "no readable model_index.json"),
+            ({"decoder.base": tmp_path / "nowhere"}, "no such directory but a saved diffusion model was expected"),
         )
         for number, (changes, message) in enumerate(cases):
             result = self.train(sd15, encoder, pictures, tmp_path / str(number), **changes)

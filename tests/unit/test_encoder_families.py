@@ -98,7 +98,7 @@ def test_the_vision_tower_of_a_checkpoint_of_two_is_the_same(root, name):
 @pytest.mark.parametrize("name", VISIONS)
 def test_image_settings_are_read_as_the_family_writes_them(root, name):
     directory = vision_directory(name, root)
-    settings = read_image_settings(directory, load_vision_model(directory))
+    settings = read_image_settings(directory, load_vision_model(directory).config)
     saved = VISIONS[name].preprocessor
     assert settings.image_size == (IMAGE, IMAGE)  # what remains after cropping; NaFlex: the grid it was trained with
     assert settings.image_mean == tuple(saved["image_mean"]) and settings.image_std == tuple(saved["image_std"])
@@ -111,7 +111,7 @@ def test_settings_in_other_shapes_that_are_in_use(root, tmp_path):
     def read(**changes):
         saved = {"image_mean": [0.1] * 3, "image_std": [0.2] * 3, "size": 40, "do_center_crop": True, "crop_size": 32} | changes
         (tmp_path / "preprocessor_config.json").write_text(json.dumps(saved))
-        return read_image_settings(tmp_path, tower)
+        return read_image_settings(tmp_path, tower.config)
 
     assert read().image_size == (32, 32)  # plain numbers, as in CLIP's first files
     assert read(do_center_crop=False).image_size == (40, 40)
@@ -122,7 +122,7 @@ def test_settings_in_other_shapes_that_are_in_use(root, tmp_path):
         read(resample=5)
     (tmp_path / "preprocessor_config.json").unlink()
     with pytest.raises(CheckpointError, match=r"no preprocessor_config\.json"):
-        read_image_settings(tmp_path, tower)
+        read_image_settings(tmp_path, tower.config)
 
 
 TINY_BLOCKS = {"depths": [1, 1, 1, 1], "hidden_sizes": [8, 8, 8, 8]}

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from metamorph.cli.terminal import quiet_libraries
+from metamorph.places import check_target
 
 
 def register(app: typer.Typer) -> None:
@@ -24,6 +25,7 @@ def run(
     tokenizer: Annotated[str | None, typer.Option(help="Tokenizer with chat template; by default the one in the folder.")] = None,
 ) -> None:
     """Convert a checkpoint of the authors' code: the same numbers under our names, checked against an empty model."""
+    check_target(out, "--out", directory=True)
     quiet_libraries()
     from metamorph.model.official import convert_official
 

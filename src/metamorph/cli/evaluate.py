@@ -9,6 +9,7 @@ import typer
 
 from metamorph.cli.options import Device
 from metamorph.cli.terminal import quiet_libraries, show_table
+from metamorph.places import check_target
 
 
 def register(app: typer.Typer) -> None:
@@ -30,6 +31,7 @@ def run(
     """Measure a model on the microworld's tasks: print the table, write metrics with intervals, protocol, versions and hashes."""
     from rich.console import Console
 
+    check_target(output, "--output")
     quiet_libraries()
     from metamorph.microworld.components import shipped
     from metamorph.microworld.measuring import Measured, measure

@@ -10,6 +10,7 @@ import typer
 from metamorph.cli import options
 from metamorph.cli.terminal import quiet_libraries
 from metamorph.errors import CheckpointError, ConfigError
+from metamorph.places import CONFIG, check_source, check_target
 
 if TYPE_CHECKING:
     from metamorph.pipeline import MetaMorphPipeline, Reply
@@ -77,7 +78,7 @@ def check_output(output: Path, asked_by: str = "-o") -> None:
     """Refuse a path to which no image can be saved, before anything is computed.
 
     Raises:
-        ConfigError: a directory, or a suffix that is no image format.
+        ConfigError: a directory, a suffix that is no image format, or a place that cannot be written.
     """
     from PIL import Image
 
@@ -86,6 +87,7 @@ def check_output(output: Path, asked_by: str = "-o") -> None:
     formats = Image.registered_extensions()
     if formats.get(output.suffix.lower()) not in Image.SAVE:
         raise ConfigError(f"suffix {output.suffix!r} but an image format is needed ({asked_by} {output}). Use .png.")
+    check_target(output, asked_by)
 
 
 def load(model: str | None, decoder: str | None, device: str | None, *, needs_decoder: bool) -> MetaMorphPipeline:
@@ -93,6 +95,7 @@ def load(model: str | None, decoder: str | None, device: str | None, *, needs_de
 
     Raises:
         CheckpointError: a directory that does not exist, or a decoder that is needed but missing.
+        ConfigError: there is no such device.
     """
     quiet_libraries()
     from metamorph.pipeline import MetaMorphPipeline, find_decoder
@@ -101,6 +104,7 @@ def load(model: str | None, decoder: str | None, device: str | None, *, needs_de
         from metamorph.microworld.components import shipped
 
         model, decoder = str(shipped("metamorph")), decoder or str(shipped("decoder"))
+    check_source(model, "a MetaMorph checkpoint", index=CONFIG)
     place = decoder or find_decoder(model)
     if needs_decoder and place is None:
         found = "no decoder" if Path(model).is_dir() else "no such directory, and on the hub no decoder,"

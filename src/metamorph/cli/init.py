@@ -7,6 +7,9 @@ from typing import Annotated
 
 import typer
 
+from metamorph.cli.terminal import quiet_libraries
+from metamorph.places import check_target
+
 
 def register(app: typer.Typer) -> None:
     """Add the command to the app."""
@@ -29,6 +32,8 @@ def run(
     seed: Annotated[int, typer.Option(help="Of the new projector and vision head.")] = 0,
 ) -> None:
     """Add the image tokens to an LLM, join it with a vision encoder, and check its chat template on a probe conversation."""
+    check_target(out, "--out", directory=True)
+    quiet_libraries()
     from metamorph.model.conversion import initialize
 
     model, processor = initialize(

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, cast
 import typer
 
 from metamorph.errors import ConfigError
+from metamorph.places import check_target
 
 if TYPE_CHECKING:
     from metamorph.messages import Example
@@ -41,6 +42,7 @@ def build(
     from metamorph.microworld.language import SIZES, LanguageSize
     from metamorph.training.config import unknown_name
 
+    check_target(out, "--out", directory=True)
     if size not in SIZES:
         raise ConfigError(f"{unknown_name(size, list(SIZES), 'size')} (--size)")
     parts = tuple(name.strip() for name in only.split(",")) if only else PARTS
@@ -65,6 +67,7 @@ def show(
     from metamorph.microworld.report_rows import data_page
     from metamorph.reporting.page import write
 
+    check_target(out, "--out")
     typer.echo(f"{write(data_page(rows, seed, split), out)}: open it in a browser.")
 
 
@@ -101,6 +104,7 @@ def band(
     from metamorph.microworld.report_curves import expected_band
     from metamorph.training.trackers import read_metrics
 
+    check_target(out, "--out")
     made = expected_band([read_metrics(run / "metrics.jsonl") for run in runs])
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(made) + "\n", encoding="utf-8")
@@ -119,6 +123,7 @@ def ship(
     from metamorph.microworld.measuring import Measured, measure
     from metamorph.microworld.shipping import save_shipped_model, write_model_card
 
+    check_target(out, "--out", directory=True)
     save_shipped_model(run_dir, out)
     parts = Measured(out, decoder or shipped("decoder"), shipped("llm"))
     report = measure(parts, samples=samples, seed=seed, told=lambda line: typer.echo(line, err=True))

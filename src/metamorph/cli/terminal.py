@@ -10,12 +10,20 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from metamorph.reporting.tables import Table
 
-_QUIET = {"TRANSFORMERS_VERBOSITY": "error", "DIFFUSERS_VERBOSITY": "error", "TQDM_DISABLE": "1"}
+_QUIET = {
+    "TRANSFORMERS_VERBOSITY": "error",
+    "DIFFUSERS_VERBOSITY": "error",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "TQDM_DISABLE": "1",
+}
 _WIDTH = 110  # columns that the widest table needs
 
 
 def quiet_libraries() -> None:
-    """Ask transformers and diffusers for errors only, and no bars. A user's own setting is kept, unless they are already imported."""
+    """Ask transformers, diffusers and the hub for errors only, and no bars.
+
+    A user's own setting is kept, unless they are already imported.
+    """
     for name, value in _QUIET.items():
         os.environ.setdefault(name, value)
     for library in ("transformers", "diffusers"):  # they read the environment once
@@ -23,6 +31,8 @@ def quiet_libraries() -> None:
             logging = import_module(f"{library}.utils.logging")
             logging.set_verbosity_error()
             logging.disable_progress_bar()
+    if sys.modules.get("huggingface_hub") is not None and os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] != "0":
+        import_module("huggingface_hub.utils").disable_progress_bars()
 
 
 def show_table(table: Table) -> None:

@@ -19,6 +19,7 @@ from metamorph.decoder.library import (
 )
 from metamorph.decoder.schedule import load_scheduler
 from metamorph.errors import CheckpointError, ConfigError
+from metamorph.places import DECODER_INDEX, check_source
 
 _DENOISERS = {"unet": UNet2DConditionModel, "transformer": SanaTransformer2DModel}
 _AUTOENCODERS = {kind.__name__: kind for kind in (AutoencoderKL, AutoencoderDC)}
@@ -63,6 +64,7 @@ def load_module(kind: Any, path: str | Path, folder: str, *, weights: bool = Tru
     Raises:
         CheckpointError: its config or weights are missing, or not all of them are there.
     """
+    check_source(path, "a saved diffusion model")
     place = Path(path) / folder
     try:
         if not weights:
@@ -88,6 +90,7 @@ _REMEDY = "Give a directory laid out as Stable Diffusion 1.5 (model_index.json, 
 
 
 def _index(path: str | Path) -> dict[str, Any]:
+    check_source(path, "a saved diffusion model", index=DECODER_INDEX)
     try:
         index: Any = DiffusionPipeline.load_config(path)
         return dict(index)

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from os import PathLike
+from os import PathLike, fspath
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
 from jaxtyping import Bool, Float
 from PIL import Image
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from metamorph.decoder.conditioning import Condition, VisualConditioner, given_context
@@ -29,7 +31,8 @@ from metamorph.decoder.library import (
 from metamorph.decoder.objective import DecoderModel, check_parts, denoise
 from metamorph.decoder.schedule import begin
 from metamorph.decoder.space import SampleSpace
-from metamorph.errors import AlignmentError, ConfigError
+from metamorph.errors import AlignmentError, CheckpointError, ConfigError, MetaMorphError
+from metamorph.places import DECODER_INDEX, check_source
 
 
 class VisualDecoderPipeline(DiffusionPipeline):
@@ -93,14 +96,25 @@ class VisualDecoderPipeline(DiffusionPipeline):
         """Load a saved decoder; weights stored as float16 become float32 unless `dtype` says otherwise. Pickle is never read.
 
         Raises:
-            ConfigError: asked to read pickle.
+            CheckpointError: there is none, or it is incomplete.
+            ConfigError: asked to read pickle, or the parts do not fit together.
         """
         if not kwargs.pop("use_safetensors", True):
             raise ConfigError(
                 "use_safetensors=False but pickle is never loaded (VisualDecoderPipeline). Convert the weights to safetensors."
             )
         defaults = {"dtype": torch.float32, "low_cpu_mem_usage": False}
-        return super().from_pretrained(pretrained_model_name_or_path, use_safetensors=True, **(defaults | kwargs))
+        place = fspath(pretrained_model_name_or_path)
+        check_source(place, "a decoder", index=DECODER_INDEX)
+        try:
+            return super().from_pretrained(place, use_safetensors=True, **(defaults | kwargs))
+        except MetaMorphError:
+            raise
+        except (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError, SafetensorError) as error:
+            found = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+            found = found if Path(place).is_dir() else f"no such directory, and from the hub: {found},"
+            remedy = "Give the directory of a decoder that training or `save_pretrained` finished writing."
+            raise CheckpointError(f"{found} but a whole decoder was expected ({place}). {remedy}") from error
 
     @torch.no_grad()
     def __call__(

@@ -15,6 +15,7 @@ from metamorph.microworld.report import results_report
 from metamorph.microworld.subject import Subject
 from metamorph.microworld.suite import evaluation_tasks
 from metamorph.pipeline import MetaMorphPipeline
+from metamorph.places import CONFIG, DECODER_INDEX, check_source, check_target
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,16 @@ def measure(
 
     Raises:
         CheckpointError: a directory is missing or incomplete.
+        ConfigError: the report cannot be written, or there is no such device.
     """
+    if output is not None:
+        check_target(output, "output")
+    for place, what, index in (
+        (measured.model, "a MetaMorph checkpoint", CONFIG),
+        (measured.decoder, "a decoder", DECODER_INDEX),
+        (measured.llm, "a causal LM", CONFIG),
+    ):
+        check_source(place, what, index=index, hub=False)
     began = time.perf_counter()
     pipeline = MetaMorphPipeline.from_pretrained(measured.model, measured.decoder, device=device)
     tasks = evaluation_tasks(full=True)

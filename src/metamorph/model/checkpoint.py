@@ -10,6 +10,7 @@ from transformers import GenerationConfig
 
 from metamorph.errors import CheckpointError
 from metamorph.model.vision_encoder import load_vision_model
+from metamorph.places import CONFIG, check_source
 
 if TYPE_CHECKING:
     from metamorph.model.modeling import MetaMorph
@@ -23,6 +24,8 @@ def load_checkpoint(load: Callable[..., Any], path: str | Path, *args: Any, outp
     Raises:
         CheckpointError: files are missing, broken or of another shape, or the special tokens are absent.
     """
+    if path is not None:  # with a config of its own a model needs no place
+        check_source(path, "a MetaMorph checkpoint", index=CONFIG)
     kwargs |= {"use_safetensors": True}
     kwargs.setdefault("dtype", kwargs.pop("torch_dtype", torch.float32))  # the older name of the same setting
     try:
@@ -31,7 +34,7 @@ def load_checkpoint(load: Callable[..., Any], path: str | Path, *args: Any, outp
         raise
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         found = _first_line(error).rstrip(".")
-        found = found if Path(path).is_dir() else f"no such directory, and from the hub: {found},"
+        found = found if path is None or Path(path).is_dir() else f"no such directory, and from the hub: {found},"
         raise CheckpointError(f"{found} but a MetaMorph checkpoint was expected ({path}). {REMEDY}") from error
     _check_complete(model, sorted(report["missing_keys"]), path)
     if model.config.vision_encoder_path is not None:

@@ -7,12 +7,21 @@ import difflib
 import json
 import math
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import AddedToken, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AddedToken,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils import cached_file
 
 from metamorph.errors import CheckpointError, ConfigError
@@ -24,6 +33,7 @@ from metamorph.model.configuration import IMAGE_END_TOKEN, IMAGE_START_TOKEN, IM
 from metamorph.model.modeling import MetaMorph
 from metamorph.model.processing import MetaMorphProcessor, check_template
 from metamorph.model.vision_encoder import load_vision_model
+from metamorph.places import check_source
 
 CONFIG_CHOICES = (
     "num_visual_tokens",
@@ -62,10 +72,7 @@ def initialize(llm: str | Path, vision: str | Path, *, seed: int = 0, **choices:
         CheckpointError: a checkpoint is incomplete, or not in safetensors.
         TemplateError: the LLM's chat template does not show what the assistant says.
     """
-    known = (*CONFIG_CHOICES, *PROCESSOR_CHOICES)
-    for name in set(choices) - set(known):
-        nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
-        raise ConfigError(f"setting {name!r} but one of {', '.join(known)} was expected (initialize). Did you mean {nearest!r}?")
+    _check_choices(choices)
     tokenizer, language_model = load_language_model(llm)
     check_language_model(language_model)
     encoder = load_vision_model(vision)
@@ -79,9 +86,8 @@ def initialize(llm: str | Path, vision: str | Path, *, seed: int = 0, **choices:
         origins={"llm": origin_of(llm), "vision": origin_of(vision)},
         **{name: choices[name] for name in CONFIG_CHOICES if name in choices},
     )
-    settings = vars(read_image_settings(vision, encoder)) | {name: choices[name] for name in PROCESSOR_CHOICES if name in choices}
-    settings.setdefault("max_length", getattr(language_model.config, "max_position_embeddings", None))
-    processor = MetaMorphProcessor(tokenizer, num_visual_tokens=config.num_visual_tokens, **settings)
+    images = read_image_settings(vision, encoder.config)
+    processor = _join_processor(tokenizer, language_model.config, images, config.num_visual_tokens, choices)
     end_of_turn = check_template(processor)
     model = _assemble(config, language_model, encoder, seed)
     model.generation_config.eos_token_id = with_end_of_turn(model.generation_config.eos_token_id, end_of_turn)
@@ -90,12 +96,51 @@ def initialize(llm: str | Path, vision: str | Path, *, seed: int = 0, **choices:
     return model, processor
 
 
+def read_processor(llm: str | Path, vision: str | Path, **choices: Any) -> MetaMorphProcessor:
+    """The processor that `initialize` would make of these parts, from what is on this machine, without any weights.
+
+    Raises:
+        CheckpointError: a file is not here.
+        ConfigError, TemplateError: as `initialize`.
+    """
+    _check_choices(choices)
+    for part, what in ((llm, "a causal LM in safetensors"), (vision, "a vision encoder in safetensors")):
+        check_source(part, what)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(llm, local_files_only=True)
+        text, encoder = (AutoConfig.from_pretrained(part, local_files_only=True) for part in (llm, vision))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{error} but tokenizer and configs were expected ({llm}, {vision}). Give complete checkpoints.") from error
+    _add_tokens(tokenizer)
+    images = read_image_settings(vision, getattr(encoder, "vision_config", encoder), local_files_only=True)
+    size = choices.get("num_visual_tokens", MetaMorphConfig.num_visual_tokens)
+    processor = _join_processor(tokenizer, text.get_text_config(), images, size, choices)
+    check_template(processor)
+    return processor
+
+
+def _check_choices(choices: dict[str, Any]) -> None:
+    known = (*CONFIG_CHOICES, *PROCESSOR_CHOICES)
+    for name in set(choices) - set(known):
+        nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
+        raise ConfigError(f"setting {name!r} but one of {', '.join(known)} was expected (initialize). Did you mean {nearest!r}?")
+
+
+def _join_processor(
+    tokenizer: PreTrainedTokenizerBase, text: PretrainedConfig, images: ImageSettings, num_visual_tokens: int, choices: dict[str, Any]
+) -> MetaMorphProcessor:
+    settings = vars(images) | {name: choices[name] for name in PROCESSOR_CHOICES if name in choices}
+    settings.setdefault("max_length", getattr(text, "max_position_embeddings", None))
+    return MetaMorphProcessor(tokenizer, num_visual_tokens=num_visual_tokens, **settings)
+
+
 def load_language_model(path: str | Path) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
     """Tokenizer and causal LM, float32, from safetensors only.
 
     Raises:
         CheckpointError: files are missing or broken.
     """
+    check_source(path, "a causal LM in safetensors")
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
         loaded: Any = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, use_safetensors=True, output_loading_info=True)
@@ -116,10 +161,7 @@ def add_image_tokens(language_model: PreTrainedModel, tokenizer: PreTrainedToken
     Matrices already long enough keep their size. A token that the tokenizer had keeps its row.
     """
     old = len(tokenizer)
-    tokens = (IMAGE_TOKEN, IMAGE_START_TOKEN, IMAGE_END_TOKEN)
-    tokenizer.add_tokens([AddedToken(token, special=True, normalized=False) for token in tokens], special_tokens=True)
-    numbers: Any = tokenizer.convert_tokens_to_ids(list(tokens))
-    ids = {token: int(number) for token, number in zip(tokens, numbers, strict=True)}
+    ids = _add_tokens(tokenizer)
     rows = language_model.get_input_embeddings().weight.shape[0]
     if max(ids.values()) >= rows:
         language_model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
@@ -132,14 +174,24 @@ def add_image_tokens(language_model: PreTrainedModel, tokenizer: PreTrainedToken
     return ids
 
 
-def read_image_settings(vision: str | Path, encoder: PreTrainedModel) -> ImageSettings:
+def _add_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
+    tokens = (IMAGE_TOKEN, IMAGE_START_TOKEN, IMAGE_END_TOKEN)
+    tokenizer.add_tokens([AddedToken(token, special=True, normalized=False) for token in tokens], special_tokens=True)
+    numbers: Any = tokenizer.convert_tokens_to_ids(list(tokens))
+    return {token: int(number) for token, number in zip(tokens, numbers, strict=True)}
+
+
+def read_image_settings(vision: str | Path, config: PretrainedConfig, *, local_files_only: bool = False) -> ImageSettings:
     """Size, mean, standard deviation and filter from the encoder's preprocessor settings. Pixels are resized to the size, never cropped.
+
+    What the settings leave open the encoder's `config` says.
 
     Raises:
         CheckpointError: there are no such settings and the encoder's family has no fixed ones.
     """
-    saved = _read_json(vision, "preprocessor_config.json") or _read_json(vision, "processor_config.json").get("image_processor", {})
-    if not saved and not encoder.config.model_type.startswith("siglip"):
+    read = partial(_read_json, vision, local_files_only=local_files_only)
+    saved = read("preprocessor_config.json") or read("processor_config.json").get("image_processor", {})
+    if not saved and not config.model_type.startswith("siglip"):
         raise CheckpointError(f"no preprocessor_config.json but one was expected ({vision}). Copy it from the encoder's repository.")
     size = saved.get("crop_size") if saved.get("do_center_crop") else saved.get("size")
     resample = saved.get("resample", 3)
@@ -147,7 +199,7 @@ def read_image_settings(vision: str | Path, encoder: PreTrainedModel) -> ImageSe
         raise ConfigError(f"resample={resample} but one of {_RESAMPLE} was expected ({vision}). Set image_resample.")
     normalized = saved.get("do_normalize", True)
     return ImageSettings(
-        image_size=_size(size, encoder),
+        image_size=_size(size, config),
         image_mean=tuple(saved.get("image_mean", (0.5, 0.5, 0.5))) if normalized else (0.0, 0.0, 0.0),
         image_std=tuple(saved.get("image_std", (0.5, 0.5, 0.5))) if normalized else (1.0, 1.0, 1.0),
         image_resample=_RESAMPLE[resample],
@@ -229,19 +281,20 @@ def with_end_of_turn(known: int | list[int] | None, end_of_turn: int) -> list[in
     return ids if end_of_turn in ids else [*ids, end_of_turn]
 
 
-def _read_json(path: str | Path, name: str) -> dict[str, Any]:
-    file = cached_file(path, name, _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_connection_errors=False)
+def _read_json(path: str | Path, name: str, *, local_files_only: bool) -> dict[str, Any]:
+    quiet = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
+    file = cached_file(path, name, local_files_only=local_files_only, **quiet)
     return {} if file is None else json.loads(Path(file).read_text(encoding="utf-8"))
 
 
-def _size(saved: dict[str, int] | int | None, encoder: PreTrainedModel) -> tuple[int, int]:
+def _size(saved: dict[str, int] | int | None, config: PretrainedConfig) -> tuple[int, int]:
     if isinstance(saved, int):
         return saved, saved
     if saved and "height" in saved:
         return saved["height"], saved["width"]
     if saved and "shortest_edge" in saved:
         return saved["shortest_edge"], saved["shortest_edge"]
-    side = getattr(encoder.config, "image_size", None)
+    side = getattr(config, "image_size", None)
     if side is None:  # encoders of flexible resolution know only how many patches they were trained with
-        side = math.isqrt(encoder.config.num_patches) * encoder.config.patch_size
+        side = math.isqrt(config.num_patches) * config.patch_size
     return (side, side) if isinstance(side, int) else (side[0], side[1])

@@ -16,12 +16,21 @@ from typing import Any
 
 import yaml
 from huggingface_hub import HfApi, ModelCard, hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
+from huggingface_hub.constants import ENDPOINT
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    HfHubHTTPError,
+    LocalEntryNotFoundError,
+    LocalTokenNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 from jaxtyping import Int64
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from metamorph.errors import CheckpointError
+from metamorph.errors import CheckpointError, ConfigError, HubError
 from metamorph.model.card import (
     CARD,
     claims_nothing,
@@ -158,9 +167,21 @@ def push_directory(directory: Path, repo_id: str, *, private: bool | None = None
 
     Raises:
         CheckpointError: the directory holds no model, or not all of it.
+        ConfigError: no repository can be called so.
+        HubError: the hub does not answer, or refuses.
     """
+    if not is_hub_name(repo_id):
+        raise ConfigError(f"{repo_id!r} but a name on the hub was expected (push). Write it as user/name.")
     _check_whole(directory)
     write_card(directory, MetaMorphConfig.from_pretrained(directory))  # without weights of its own a card is silent about training
+    try:
+        return _upload(directory, repo_id, private, token, **upload)
+    except (OSError, _HttpError) as error:
+        raise _not_pushed(error, repo_id) from error
+
+
+def _upload(directory: Path, repo_id: str, private: bool | None, token: bool | str | None, **upload: Any) -> str:
+    """Make the repository and commit to it what belongs to the model."""
     api = HfApi(token=token)
     repo = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
     _name_repository(directory / CARD, repo)
@@ -172,6 +193,23 @@ def push_directory(directory: Path, repo_id: str, *, private: bool | None = None
         files.remove(CARD)
     address = api.upload_folder(repo_id=repo, folder_path=directory, allow_patterns=[escape(file) for file in files], **upload)
     return str(address)
+
+
+# The base of the HTTP client's errors, lost connections among them; which client it is depends on the release of the hub's library.
+_HttpError: type[Exception] = HfHubHTTPError.__bases__[0]
+
+
+def _not_pushed(error: BaseException, repo_id: str) -> HubError:
+    """What the hub's client raised, in one line with its remedy."""
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    if isinstance(error, OfflineModeIsEnabled):
+        remedy = "Unset HF_HUB_OFFLINE."
+    elif isinstance(error, LocalTokenNotFoundError) or status in (401, 403):
+        remedy = "Log in with a token that may write there: hf auth login."
+    else:
+        remedy = "Try again once the hub can be reached (metamorph doctor --ask-hub), or check the repository's name and your rights."
+    found = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+    return HubError(f"{found} but the hub was expected to take the model ({repo_id} at {ENDPOINT}). {remedy}")
 
 
 def published_files(directory: Path) -> list[str]:

@@ -24,6 +24,7 @@ from metamorph.model.conversion import read_image_settings, with_end_of_turn
 from metamorph.model.modeling import MetaMorph
 from metamorph.model.processing import MetaMorphProcessor, check_template
 from metamorph.model.vision_encoder import load_vision_model
+from metamorph.places import check_source
 
 ENCODER = "vision_encoder.encoder."
 _PREFIXES = {  # the longest that fits is replaced; the first four are not the LLM's
@@ -74,7 +75,7 @@ def convert_official(
     if words is not None:
         side, length = config.vision_config.image_size, config.text_config.max_position_embeddings
         # An encoder inside the checkpoint is a SigLIP, whose pixels are the processor's default.
-        images = {"image_size": (side, side)} if vision is None or encoder is None else vars(read_image_settings(vision, encoder))
+        images = {"image_size": (side, side)} if vision is None or encoder is None else vars(read_image_settings(vision, encoder.config))
         processor = MetaMorphProcessor(words, config.num_visual_tokens, max_length=length, **images)
         generation.eos_token_id = with_end_of_turn(generation.eos_token_id, check_template(processor))
         processor.save_pretrained(out)
@@ -157,6 +158,7 @@ def _rename(tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> dict[
 def _read_tokenizer(place: str | Path, *, required: bool) -> PreTrainedTokenizerBase | None:
     if not required and not any((Path(place) / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
         return None
+    check_source(place, "a tokenizer")
     try:
         words = AutoTokenizer.from_pretrained(place)
     except (OSError, ValueError) as error:

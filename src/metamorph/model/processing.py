@@ -21,6 +21,7 @@ from metamorph.media import Resample, open_image, preprocess
 from metamorph.messages import ImagePart, Message, validate_messages
 from metamorph.model.configuration import IMAGE_END_TOKEN, IMAGE_START_TOKEN, IMAGE_TOKEN
 from metamorph.model.conversation import ChatTemplate, SpecialTokens, render, tokenize
+from metamorph.places import check_source
 
 
 class MetaMorphProcessor(ProcessorMixin):
@@ -150,6 +151,7 @@ class MetaMorphProcessor(ProcessorMixin):
         Raises:
             CheckpointError: a file is missing or broken, or the special tokens are absent.
         """
+        check_source(pretrained_model_name_or_path, "a processor", index="processor_config.json")
         try:
             return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
         except (OSError, ValueError, TypeError) as error:

@@ -17,6 +17,7 @@ from transformers.utils import logging
 
 from metamorph.errors import AlignmentError, CheckpointError, ConfigError
 from metamorph.model.configuration import MetaMorphConfig
+from metamorph.places import check_source
 
 MIN_NORM = 1e-12
 
@@ -126,6 +127,7 @@ def load_vision_model(path: str | Path) -> PreTrainedModel:
     Raises:
         CheckpointError: files are missing or broken, or a tensor of the tower is absent.
     """
+    check_source(path, "a vision encoder in safetensors")
     loudness = logging.get_verbosity()
     logging.set_verbosity_error()  # transformers lists the text tower, which nobody asked for; what matters is checked below
     try:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from metamorph.errors import CheckpointError
+from metamorph.places import CONFIG, check_source
 from metamorph.training.assembly import start_decoder
 from metamorph.training.config import DecoderConfig, ModelConfig
 
@@ -81,6 +82,7 @@ def _lay_out(parts: dict[str, Any], place: Path) -> None:
 
 
 def _load(kind: Any, reference: str) -> Any:
+    check_source(reference, "a model's config", index=CONFIG)
     try:
         return kind.from_pretrained(reference)
     except (OSError, ValueError) as error:

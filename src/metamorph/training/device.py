@@ -13,24 +13,20 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from metamorph.errors import ConfigError
+from metamorph.device import find_device
 
 MINIMUM_GAIN = 1.2
 """bfloat16 is chosen on CPU when a small network trains at least this much faster with it: below that its rounding buys nothing."""
 
 
 def pick_device(wanted: Literal["auto", "cuda", "mps", "cpu"] = "auto") -> torch.device:
-    """The device rule: CUDA if there is one, else Apple's MPS, else the CPU; under torchrun, the CUDA device of the local rank.
+    """The device rule of `find_device`; under torchrun, the CUDA device of the local rank.
 
     Raises:
         ConfigError: a device was asked for by name and is missing.
     """
-    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    name = next(name for name in available if available[name]) if wanted == "auto" else wanted
-    if not available[name]:
-        present = ", ".join(name for name in available if available[name])
-        raise ConfigError(f"device {name!r} asked for but this machine has {present}. Use device=auto.")
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if name == "cuda" else torch.device(name)
+    device = find_device(None if wanted == "auto" else wanted, "Use device=auto.")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if device.type == "cuda" else device
 
 
 def choose_precision(wanted: Literal["auto", "float32", "bfloat16"], device: torch.device, model: nn.Module) -> str:
