@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 
 from metamorph.cli import checkup
 from metamorph.cli.checkup import GENERATE, Finding, works
+from metamorph.cli.doctor import show
 from metamorph.cli.main import app
 from metamorph.errors import ComponentError
 
@@ -75,7 +76,7 @@ def test_a_torchvision_that_imports_is_judged_by_its_operators_and_not_by_the_na
     assert (found.status, bool(found.fix)) == (status, status == "bad")
 
 
-def test_an_extra_that_is_not_installed_is_a_note_and_a_broken_one_is_bad(monkeypatch):
+def test_an_extra_that_is_not_installed_is_optional_and_a_broken_one_is_bad(monkeypatch):
     monkeypatch.setitem(sys.modules, "diffusers", None)
     found = list(checkup.check_extras())
     assert named(found, "decoder").status == "bad"
@@ -84,7 +85,28 @@ def test_an_extra_that_is_not_installed_is_a_note_and_a_broken_one_is_bad(monkey
     from packaging.requirements import Requirement
 
     absent = checkup._library(Requirement("a-library-that-nobody-wrote>=2,<3"), "extras", optional=True)
-    assert (absent.status, absent.fix) == ("note", 'python -m pip install "a-library-that-nobody-wrote<3,>=2"')
+    assert (absent.status, absent.fix) == ("optional", 'python -m pip install "a-library-that-nobody-wrote<3,>=2"')
+
+
+def test_only_what_is_wrong_is_marked_no(monkeypatch, capsys):
+    """As where the package was installed without extras."""
+    real = metadata.version
+
+    def version(name: str) -> str:
+        if name in ("diffusers", "peft", "matplotlib"):
+            raise metadata.PackageNotFoundError(name)
+        return real(name)
+
+    monkeypatch.setattr(metadata, "version", version)
+    found = [*checkup.check_versions(), *checkup.check_extras(), checkup._drawing()]
+    found += list(checkup.check_uses(found))
+    assert {named(found, name).status for name in ("decoder", "peft", "reporting", "drawing", GENERATE, "metamorph demo")} == {"optional"}
+    assert named(found, "LoRA (peft)").status == named(found, "train a decoder").status == "optional"
+    assert not [one for one in found if one.status == "bad"]
+    assert not works(found)  # pictures cannot be generated, which the exit code says
+    show(found)
+    shown = capsys.readouterr().out
+    assert "--" in shown and "NO" not in shown.split() and 'to add it: python -m pip install "diffusers' in shown
 
 
 def test_more_threads_than_cores_is_noted():

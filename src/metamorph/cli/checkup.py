@@ -21,11 +21,13 @@ from metamorph.errors import MetaMorphError
 if TYPE_CHECKING:
     from packaging.requirements import Requirement
 
-Status = Literal["ok", "note", "bad"]
-"""It works; it works, but know this (or it is optional and not there); it does not work."""
+Status = Literal["ok", "note", "optional", "bad"]
+"""It works; it works, but know this; it is not installed and need not be; it does not work."""
 
 GENERATE = "metamorph generate"
 """The use by which the doctor's exit code is decided."""
+
+_WORST: tuple[Status, ...] = ("bad", "optional", "note", "ok")
 
 GIB = 2**30
 CARD_MEMORY = 80  # GiB of one accelerator of the class that 8B models are trained on; only to say how many are needed
@@ -118,7 +120,8 @@ def _library(requirement: Requirement, group: str, *, optional: bool = False) ->
     try:
         version = metadata.version(name)
     except metadata.PackageNotFoundError:
-        return Finding(group, name, "note" if optional else "bad", f"not installed, but {wanted or 'any version'} is needed", fix)
+        said = "" if optional else f", but {wanted or 'any version'} is needed"
+        return Finding(group, name, "optional" if optional else "bad", f"not installed{said}", fix)
     if not requirement.specifier.contains(version, prereleases=True):
         return Finding(group, name, "bad", f"{version}, but {wanted} is needed", fix)
     try:
@@ -153,13 +156,17 @@ def check_extras() -> Iterator[Finding]:
     for extra in metadata.metadata("metamorph").get_all("Provides-Extra") or []:
         if extra in _NOT_FOR_USERS:
             continue
-        found = [_library(one, "extras", optional=True) for one in requirements(extra)]
-        statuses = {one.status for one in found}
-        worst: Status = "bad" if "bad" in statuses else "note" if "note" in statuses else "ok"
+        found = _extra(extra)
+        worst: Status = min(found, key=lambda one: _WORST.index(one.status)).status if found else "ok"
         said = ", ".join(f"{one.name} {one.found}" for one in found)
         fixes = [one.fix.removeprefix("python -m pip install ") for one in found if one.fix]
         fix = "python -m pip install " + " ".join(fixes) if fixes else ""
         yield Finding("extras", extra, worst, said, fix)
+
+
+def _extra(extra: str) -> list[Finding]:
+    """A finding for each library of an extra."""
+    return [_library(one, "extras", optional=True) for one in requirements(extra)]
 
 
 def check_machine() -> Iterator[Finding]:
@@ -256,6 +263,8 @@ def _drawing() -> Finding:
     """Load the shipped model and let it draw one picture."""
     from metamorph.cli.generate import load
 
+    if (absent := next((one for one in _extra("decoder") if one.status == "optional"), None)) is not None:
+        return Finding("parts", "drawing", "optional", f"not tried: {absent.name} is {absent.found}", absent.fix)
     start = time.perf_counter()
     try:
         pipeline = load(None, None, None, needs_decoder=True)
@@ -278,7 +287,8 @@ def check_uses(found: Sequence[Finding]) -> Iterator[Finding]:
             return Finding("uses", name, "ok", said)
         causes = [one for one in found if one.group == "versions" or one.name == "decoder"]  # why a picture could not be drawn
         fixes = " && ".join(dict.fromkeys(one.fix for one in [*causes, *missing] if one.status != "ok" and one.fix.startswith("python")))
-        return Finding("uses", name, "bad", "; ".join(f"{one.name}: {one.found}" for one in missing), fixes or "See the lines above.")
+        status: Status = "optional" if all(one.status == "optional" for one in missing) else "bad"
+        return Finding("uses", name, status, "; ".join(f"{one.name}: {one.found}" for one in missing), fixes or "See the lines above.")
 
     draws = ("parts", "drawing")
     yield use(GENERATE, "questions about pictures, drawings, video as lists of frames", draws)

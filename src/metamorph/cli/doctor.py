@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from metamorph.cli.terminal import quiet_libraries
+from metamorph.places import check_target
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -27,7 +28,7 @@ _TITLES = {
     "parts": "The shipped model",
     "uses": "What will work here",
 }
-_MARKS = {"ok": ("ok", "green"), "note": ("note", "yellow"), "bad": ("NO", "red")}
+_MARKS = {"ok": ("ok", "green"), "note": ("note", "yellow"), "optional": ("--", "dim"), "bad": ("NO", "red")}
 
 
 def register(app: typer.Typer) -> None:
@@ -40,6 +41,8 @@ def run(
     ask_hub: Annotated[bool, typer.Option("--ask-hub", help="Ask whether the hub answers; nothing else uses a network.")] = False,
 ) -> None:
     """Check versions, machine and shipped weights, and say what will work here. Exit code 0 if pictures can be generated, else 1."""
+    if json_file is not None and str(json_file) != "-":
+        check_target(json_file, "--json")
     quiet_libraries()
     from metamorph.cli.checkup import check_all, works
 
@@ -77,7 +80,7 @@ def show(findings: Sequence[Finding]) -> None:
             mark, colour = _MARKS[one.status]
             said = Text(one.found)
             if one.fix and one.status != "ok":
-                said.append(f"\nfix: {one.fix}", style="bold")
+                said.append(f"\n{'to add it' if one.status == 'optional' else 'fix'}: {one.fix}", style="bold")
             table.add_row(Text(mark, style=colour), Text(one.name), said)
         console.print(table)
         console.print()
