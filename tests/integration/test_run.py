@@ -1,12 +1,14 @@
 """Whole runs of a tiny model of the real classes: stages, resume across their border, saving, the cache, the decoder."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
 from tests.tiny import save_parts
+from typer.testing import CliRunner
 
-from metamorph.errors import ConfigError
+from metamorph.errors import ConfigError, MetaMorphError
 from metamorph.model.card import add_results
 from metamorph.training import DataConfig, DecoderConfig, ModelConfig, RunConfig, SourceConfig, TrainingConfig
 from metamorph.training.config import StageConfig
@@ -153,6 +155,7 @@ def test_a_finished_run_says_on_the_card_how_it_was_trained(parts, tmp_path):
 def test_a_decoder_run(parts, tmp_path):
     from metamorph.decoder import VisualDecoderPipeline, build_denoiser, build_scheduler
     from metamorph.model.conversion import initialize
+    from metamorph.training.rehearsal import rehearse
 
     model, processor = initialize(*parts, num_visual_tokens=4)
     model.save_pretrained(tmp_path / "model")
@@ -171,6 +174,109 @@ def test_a_decoder_run(parts, tmp_path):
     config = RunConfig(name="tiny-decoder", output_dir=str(tmp_path / "run"), decoder=decoder, stages=(stage,))
     result = run(config, tracker=quiet)
     pipeline = VisualDecoderPipeline.from_pretrained(result.model_dir)
+    assert "decoder_batches: the first 3 images were prepared, 16 x 16 pixels" in rehearse(config).rows["decoder"][0]
     images = pipeline(torch.randn(2, 4, 24), num_inference_steps=2, seeds=[0, 1], output_type="pt")
     assert images.shape == (2, 3, 16, 16) if isinstance(images, torch.Tensor) else True
     assert column(tmp_path / "run", "decoder_loss")
+
+
+def command(*arguments: str):
+    from metamorph.cli.main import build_app
+
+    return CliRunner().invoke(build_app(), ["train", *arguments])
+
+
+@pytest.fixture
+def recipe(parts, tmp_path) -> Path:
+    settings(parts, tmp_path / "run").save(tmp_path / "tiny.yaml")
+    return tmp_path / "tiny.yaml"
+
+
+def test_a_dry_run_opens_the_data_and_leaves_nothing_behind(recipe, parts, tmp_path):
+    shown = command(str(recipe), "--dry-run")
+    assert shown.exit_code == 0, shown.output
+    assert shown.output.count("drawings: 60 rows; the first 3 were encoded: at most ") == 2
+    assert not (tmp_path / "run").exists()
+    epochs = settings(parts, tmp_path / "run", data={"order": "epoch"}).with_overrides(
+        {"stages.0.training.steps": 0, "data.sources.0.kwargs.size": 20}
+    )
+    epochs.save(recipe)
+    assert "stage projector: 4 steps" in command(str(recipe), "--dry-run").output  # 20 examples, 6 a step: known now
+
+
+def test_a_dry_run_raises_what_the_run_would(recipe, parts, tmp_path):
+    lines = [
+        {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello " * 200}]},
+        {"messages": [{"role": "user", "content": "Hi"}]},
+    ]
+    source = "metamorph.training.assembly.jsonl_source"
+    for number, line in enumerate(lines):
+        (tmp_path / f"{number}.jsonl").write_text(json.dumps(line) + "\n")
+    for kwargs in ({"path": str(tmp_path / "missing.jsonl")}, *({"path": str(tmp_path / f"{number}.jsonl")} for number in range(2))):
+        broken = settings(parts, tmp_path / "run").to_dict()
+        broken["data"]["sources"] = [{"source": source, "kwargs": kwargs}]
+        config = RunConfig(**broken)
+        config.save(recipe)
+        refused = command(str(recipe), "--dry-run").exception
+        with pytest.raises(MetaMorphError) as raised:
+            run(config, tracker=quiet)
+        assert (type(refused), str(refused)) == (type(raised.value), str(raised.value))
+
+
+def test_a_dry_run_passes_over_bad_rows_where_the_run_would(recipe, parts, tmp_path):
+    row = '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}\n'
+    (tmp_path / "rows.jsonl").write_text(row + "no JSON\n" + row * 10)
+    skipping = settings(parts, tmp_path / "run").to_dict()
+    skipping["data"] |= {"on_bad_record": "skip"}
+    skipping["data"]["sources"] = [{"source": "metamorph.training.assembly.jsonl_source", "kwargs": {"path": str(tmp_path / "rows.jsonl")}}]
+    RunConfig(**skipping).save(recipe)
+    assert "rows: 12 rows; 1 of the first 3 cannot be used and would be skipped" in command(str(recipe), "--dry-run").output
+
+
+def test_a_dry_run_without_the_models_parts_plans_and_says_what_was_not_read(tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}\n' * 2)
+    path = "data.sources.0.kwargs.path"
+    shown = command("metamorph_llama3_1_8b", "--dry-run", "--set", f"stages.0.{path}={tmp_path / 'rows.jsonl'}")
+    assert shown.exit_code == 0, shown.output
+    absent = "meta-llama/Llama-3.1-8B-Instruct and google/siglip-so400m-patch14-384 are not on this machine"
+    assert f"rows: 2 rows, not encoded: {absent}" in shown.output
+    assert "rows not opened: a file that cannot be read" in shown.output and "8,030,261,248" in shown.output
+
+
+class Interrupted(SilentTracker):
+    """Ctrl-C at step 3 of the second stage."""
+
+    def __init__(self, stage, steps):
+        self.stage = stage
+
+    def log(self, row):
+        if (self.stage, row["step"]) == ("vpit", 3):
+            raise KeyboardInterrupt
+
+
+def test_ctrl_c_says_where_training_stopped_and_how_it_goes_on(recipe, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr("metamorph.training.loop.TerminalTracker", Interrupted)
+        stopped = command(str(recipe))
+    assert stopped.exit_code == 130
+    told = f"Stopped. The last checkpoint is of stage vpit, step 2. Go on with: metamorph train {tmp_path / 'run' / 'config.yaml'} --resume"
+    assert told in stopped.stderr
+    resumed = command(*told.partition("metamorph train ")[2].split())
+    assert resumed.exit_code == 0, resumed.output
+    assert f"saved {tmp_path / 'run' / 'model'}" in resumed.output
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["stages"]["vpit"]["steps"] == 5
+
+
+def test_ctrl_c_before_the_first_checkpoint_says_that_nothing_is_kept(recipe, monkeypatch):
+    monkeypatch.setattr(Interrupted, "log", lambda self, row: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr("metamorph.training.loop.TerminalTracker", Interrupted)
+    stopped = command(str(recipe))
+    assert stopped.exit_code == 130 and "Stopped before the first checkpoint" in stopped.stderr
+
+
+def test_a_device_of_a_later_stage_is_looked_for_before_the_first_one_trains(parts, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    config = settings(parts, tmp_path / "run").with_overrides({"stages.1.training.device": "cuda"})
+    with pytest.raises(ConfigError, match="device 'cuda' asked for but this machine has"):
+        run(config, tracker=quiet)
+    assert not (tmp_path / "run").exists()

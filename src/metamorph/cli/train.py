@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+from shlex import quote
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from metamorph.cli.terminal import quiet_libraries
 from metamorph.errors import ConfigError, MetaMorphError
+from metamorph.places import check_target
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -31,7 +34,7 @@ def train(
     output_dir: Annotated[str | None, typer.Option(help="Where the run is written; by default runs/<name>.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in that directory.")] = False,
     list_recipes: Annotated[bool, typer.Option("--list", help="Show the recipes and leave.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be trained, and leave.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Open the data, say what would be trained, and leave.")] = False,
 ) -> None:
     """Train a recipe: its stages in sequence, in one run directory.
 
@@ -42,7 +45,7 @@ def train(
     from metamorph.recipes import load_recipe
     from metamorph.training.config import parse_assignments
 
-    console = Console()
+    console, first = Console(), int(os.environ.get("RANK", "0")) == 0
     if list_recipes:
         _show_recipes(console)
         return
@@ -50,18 +53,32 @@ def train(
         raise ConfigError("no recipe but a name or a YAML file is needed (metamorph train). See metamorph train --list.")
     changes = parse_assignments(assignments or [])
     config = load_recipe(recipe).with_overrides(changes | ({"output_dir": output_dir} if output_dir is not None else {}))
+    quiet_libraries()  # the run shows its own progress
     if dry_run:
         _show_plan(console, config)
         return
 
-    from transformers.utils import logging
-
     from metamorph.training.run import run
 
-    logging.disable_progress_bar()  # the run shows its own progress
-    result = run(config, resume=resume)
-    if int(os.environ.get("RANK", "0")) == 0:
+    try:
+        result = run(config, resume=resume)
+    except KeyboardInterrupt:
+        if first:
+            Console(stderr=True).print(f"\n{_stopped(config)}", highlight=False, markup=False, soft_wrap=True)
+        raise typer.Exit(130) from None
+    if first:
         console.print(f"saved {result.model_dir} after {result.seconds:,.0f} s", highlight=False, markup=False, soft_wrap=True)
+
+
+def _stopped(config: RunConfig) -> str:
+    """What is left of a run that was interrupted, and how it goes on."""
+    from metamorph.training.run import last_checkpoint
+
+    settings, last = config.run_dir / "config.yaml", last_checkpoint(config)
+    if last is None:
+        return "Stopped before the first checkpoint (training.checkpoint_every): the same command begins anew."
+    stage, step = last
+    return f"Stopped. The last checkpoint is of stage {stage}, step {step}. Go on with: metamorph train {quote(str(settings))} --resume"
 
 
 def _show_recipes(console: Console) -> None:
@@ -82,19 +99,22 @@ def _show_plan(console: Console, config: RunConfig) -> None:
 
     from metamorph.training.device import pick_device
     from metamorph.training.plan import plan
+    from metamorph.training.rehearsal import rehearse
 
+    check_target(config.run_dir, "output_dir", directory=True)
+    device, *_ = (pick_device(stage.training.device).type for stage in config.stages)
+    model, rehearsal = _empty(config), rehearse(config)
     console.print(f"{config.name}: {config.description}", markup=False)
     console.print(f"would be written to {config.run_dir}", markup=False, soft_wrap=True)
-    wanted = config.stages[0].training.device
     processes = int(os.environ.get("WORLD_SIZE", "1"))
-    console.print(f"device {pick_device(wanted).type}, {processes} process{'' if processes == 1 else 'es'}")
-    for stage in plan(config, _empty(config), processes):
+    console.print(f"device {device}, {processes} process{'' if processes == 1 else 'es'}")
+    for stage in plan(rehearsal.config, model, processes):
         title = f"stage {stage.name}: {_steps(stage.steps)}"
         parts = Table("part", "parameters", "trained", title=title, title_justify="left", box=None)
         for name, (total, trained) in stage.parameters.items():
             parts.add_row(name, f"{total:,}", f"{trained:,}" if trained else "-")
         console.print(parts)
-        for line in _facts(stage):
+        for line in [*rehearsal.rows[stage.name], *_facts(stage)]:
             console.print(f"  {line}", highlight=False, markup=False, soft_wrap=True)
 
 

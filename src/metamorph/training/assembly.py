@@ -49,13 +49,22 @@ def build_model(config: ModelConfig, seed: int) -> tuple[MetaMorph, MetaMorphPro
     """
     from metamorph.model.conversion import initialize, load
 
+    check_start(config)
     if config.start is not None:
-        if config.overrides:
-            found = f"overrides of {sorted(config.overrides)} and start={config.start!r}"
-            raise ConfigError(f"{found} but a saved model keeps its own settings (ModelConfig). Leave overrides out.")
         return load(config.start)
     assert config.llm is not None and config.vision is not None  # validated
     return initialize(config.llm, config.vision, seed=seed, **config.overrides)
+
+
+def check_start(config: ModelConfig) -> None:
+    """Refuse settings for a model that has its own.
+
+    Raises:
+        ConfigError: a saved model and overrides.
+    """
+    if config.start is not None and config.overrides:
+        found = f"overrides of {sorted(config.overrides)} and start={config.start!r}"
+        raise ConfigError(f"{found} but a saved model keeps its own settings (ModelConfig). Leave overrides out.")
 
 
 def build_mixture(data: DataConfig, seed: int) -> Mixture:

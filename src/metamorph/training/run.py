@@ -27,6 +27,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 
 from metamorph.errors import ConfigError
 from metamorph.model.card import build_card, write_card
+from metamorph.places import check_target
 from metamorph.training.assembly import (
     build_cache,
     build_decoder,
@@ -37,6 +38,7 @@ from metamorph.training.assembly import (
     resolve_steps,
     vpit_step,
 )
+from metamorph.training.checkpoint import list_checkpoints, read_details
 from metamorph.training.config import RunConfig, StageConfig
 from metamorph.training.device import pick_device, processes, rank, world_size
 from metamorph.training.loop import TrainResult, train
@@ -78,12 +80,14 @@ def run(
         tracker: shows a stage's progress; None = the terminal.
 
     Raises:
-        ConfigError: settings that cannot be, or other ones than those of the run to resume.
+        ConfigError: settings that cannot be, or other ones than those of the run to resume; a directory that cannot be written; no
+            such device.
         CheckpointError: a part is missing, or the directory holds a run and `resume` is off.
         TrainingError: see `train`.
     """
     began = time.perf_counter()
-    device = pick_device(config.stages[0].training.device)
+    check_target(config.run_dir, "output_dir", directory=True)
+    device, *_ = (pick_device(stage.training.device) for stage in config.stages)  # all of them, before the first one trains
     with processes(device):
         _keep_settings(config, resume)
         results: dict[str, TrainResult] = {}
@@ -92,6 +96,14 @@ def run(
         if rank() == 0:
             _write_summary(config, results)
     return RunResult(config.run_dir, config.run_dir / "model", results, time.perf_counter() - began)
+
+
+def last_checkpoint(config: RunConfig) -> tuple[str, int] | None:
+    """Stage and step of the last complete checkpoint in the run's directory, from which it goes on when it is resumed."""
+    for stage in reversed(config.stages):
+        if found := list_checkpoints(config.run_dir / "checkpoints" / stage.name):
+            return stage.name, read_details(found[-1])["step"]
+    return None
 
 
 def _run_model(config, results, train_stage, evaluators, on_stage, tracker) -> None:

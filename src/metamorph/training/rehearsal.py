@@ -1,0 +1,156 @@
+"""The data of a run, opened as the run opens them, and the first rows of each source encoded: what a dry run says of them, or refuses."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from metamorph.data.mixture import Draw, Mixture
+from metamorph.data.skipping import BAD
+from metamorph.data.stream import ExampleEncoder
+from metamorph.errors import CheckpointError, MetaMorphError
+from metamorph.messages import Example
+from metamorph.training.assembly import TokenEncoder, build_decoder_stream, build_mixture, check_start, resolve_steps
+from metamorph.training.config import DecoderConfig, ModelConfig, RunConfig, StageConfig
+
+if TYPE_CHECKING:
+    from metamorph.model.processing import MetaMorphProcessor
+
+FIRST = 3
+"""Rows of each source that are encoded."""
+
+
+@dataclass(frozen=True)
+class Rehearsal:
+    """What was found."""
+
+    config: RunConfig
+    """The run's, with the number of steps that its data give, where they could be opened."""
+    rows: dict[str, list[str]]
+    """Stage -> a sentence for each of its sources."""
+
+
+def rehearse(config: RunConfig) -> Rehearsal:
+    """Open every source, count its rows, and encode the first ones.
+
+    Where parts of the model are names on the hub that were never fetched, as much is done as can be, and the sentences say what was not.
+
+    Raises:
+        MetaMorphError: what the run itself would raise.
+    """
+    if config.decoder is not None:
+        return Rehearsal(config, {stage.name: [_first_batch(config.decoder, stage)] for stage in config.stages})
+    assert config.model is not None  # validated
+    processor, why_not = find_processor(config.model)
+    rows: dict[str, list[str]] = {}
+    steps: dict[str, int] = {}
+    for number, stage in enumerate(config.stages):
+        data = stage.data or config.data
+        assert data is not None  # validated
+        try:
+            mixture = build_mixture(data, stage.training.seed)
+        except MetaMorphError as error:
+            if processor is not None:
+                raise
+            rows[stage.name] = [_not_opened(error, why_not)]
+            continue
+        encode = None if processor is None else ExampleEncoder(processor, data.max_length, data.too_long)
+        rows[stage.name] = [
+            _told(mixture, source, encode, why_not, BAD if data.on_bad_record == "skip" else ()) for source in range(len(mixture.sources))
+        ]
+        steps[f"stages.{number}.training.steps"] = resolve_steps(stage.training, mixture).steps
+    return Rehearsal(config.with_overrides(steps), rows)
+
+
+def find_processor(model: ModelConfig) -> tuple[MetaMorphProcessor | None, str]:
+    """The processor that the run would use, from this machine alone; or why there is none."""
+    from metamorph.model.conversion import read_processor
+    from metamorph.model.processing import MetaMorphProcessor
+
+    check_start(model)
+    try:
+        if model.start is not None:
+            return MetaMorphProcessor.from_pretrained(model.start, local_files_only=True), ""
+        assert model.llm is not None and model.vision is not None  # validated
+        return read_processor(model.llm, model.vision, **model.overrides), ""
+    except CheckpointError:
+        if not (away := _away(model.start, model.llm, model.vision)):
+            raise
+        return None, away
+
+
+def _away(*parts: str | None) -> str:
+    """Which parts would have to be fetched first."""
+    names = [part for part in parts if part is not None and not Path(part).is_dir()]
+    return f"{' and '.join(names)} {'is' if len(names) == 1 else 'are'} not on this machine" if names else ""
+
+
+def _not_opened(error: Exception, why_not: str) -> str:
+    return f"rows not opened: {error} Nor could they be encoded: {why_not}."
+
+
+def _told(
+    mixture: Mixture, number: int, encode: Callable[[Any], Any] | None, why_not: str, passed_over: tuple[type[MetaMorphError], ...]
+) -> str:
+    """A sentence on one source; its first rows are read, and encoded where that is possible."""
+    source = mixture.sources[number].source
+    counted = f"{source.name}: {len(source):,} rows"
+    if encode is None:
+        return f"{counted}, not encoded: {why_not}"
+    lengths, bad = [], 0
+    for index in range(min(FIRST, len(source))):
+        try:
+            lengths.append(_length(mixture.example(Draw(number, index)), encode))
+        except passed_over:
+            bad += 1
+    unusable = f"{bad} of the first {bad + len(lengths)} cannot be used and would be skipped"
+    usable = f"the first {len(lengths)} were encoded: at most {max(lengths, default=0)} positions"
+    return f"{counted}; {unusable if bad else usable}"
+
+
+def _length(example: Example, encode: Callable[[Any], Any]) -> int:
+    """Positions of an example; an error names its place, as it does in the run."""
+    try:
+        return len(encode(example))
+    except MetaMorphError as error:
+        if example.place in str(error):
+            raise
+        raise type(error)(f"{error} [{example.place}]") from error
+
+
+@dataclass(frozen=True)
+class _Blank(TokenEncoder):
+    """Prepares pixels as the frozen encoder wants them, and gives visual tokens of the right shape in its place: no weights are read."""
+
+    shape: tuple[int, int] = (0, 0)
+
+    def __call__(self, pixels: Float[Tensor, "n 3 h w"]) -> Float[Tensor, "n k v"]:
+        """Zeros."""
+        return torch.zeros(len(pixels), *self.shape)
+
+
+def _first_batch(decoder: DecoderConfig, stage: StageConfig) -> str:
+    """A sentence on the batches of a decoder's run, of which the first is made, with few images."""
+    from metamorph.model.configuration import MetaMorphConfig
+    from metamorph.model.processing import MetaMorphProcessor
+
+    away = _away(decoder.encoder, decoder.base)
+    try:
+        settings: Any = MetaMorphConfig.from_pretrained(decoder.encoder, local_files_only=True)
+        processor = MetaMorphProcessor.from_pretrained(decoder.encoder, local_files_only=True)
+        model: Any = None
+        blank = _Blank(model, processor, (settings.num_visual_tokens, settings.vision_config.hidden_size))
+        few = stage.training.model_copy(update={"batch_size": FIRST, "micro_batch_size": None})
+        (batch,) = next(build_decoder_stream(decoder, few, blank))
+    except (MetaMorphError, OSError) as error:
+        if not away:
+            raise
+        return _not_opened(error, away)
+    height, width = batch.pixels.shape[-2:]
+    return f"{decoder.batches.source}: the first {len(batch)} images were prepared, {height} x {width} pixels"
