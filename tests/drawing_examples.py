@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
+from metamorph.errors import RecordError
 from metamorph.messages import Example, Message
 
 
@@ -30,9 +31,56 @@ class Drawings:
         return Example(turns[index % 3], f"drawing-{index}", self.name)
 
 
+@dataclass(frozen=True)
+class OneKind:
+    """Conversations of one kind, "talk", "read" or "draw", of different lengths; every `broken_every`-th row cannot be read."""
+
+    kind: str
+    size: int
+    broken_every: int
+
+    @property
+    def name(self):
+        return self.kind
+
+    def __len__(self):
+        return self.size
+
+    def __getitem__(self, index):
+        place = f"{self.kind}.jsonl:{index + 1}"
+        if self.broken_every and index % self.broken_every == 1:
+            raise RecordError(f"a broken row but a good one is needed ({place}). Repair it.")
+        image = Image.new("RGB", (32, 32), (index * 37 % 256, index * 91 % 256, 60))
+        words = "ab " * (index * 5 % 11)
+        turns = {
+            "talk": (Message.user("say " + words), Message.assistant(words + "yes")),
+            "read": (Message.user(image, "what? " + words), Message.assistant("red")),
+            "draw": (Message.user("draw " + words), Message.assistant("here", image, image)),
+        }
+        return Example(turns[self.kind], f"{self.kind}-{index}", self.kind, origin=place)
+
+
+def one_kind(kind: str, size: int = 40, broken_every: int = 0) -> OneKind:
+    """The function that settings name."""
+    return OneKind(kind, size, broken_every)
+
+
 def drawings(size: int = 60, colours: int = 60) -> Drawings:
     """The function that settings name."""
     return Drawings(size, colours)
+
+
+@dataclass(frozen=True)
+class Pictures(Drawings):
+    """Only rows that hold a picture."""
+
+    def __getitem__(self, index):
+        return super().__getitem__(3 * index)
+
+
+def pictures(size: int = 12, colours: int = 60) -> Pictures:
+    """The function that settings of a decoder name."""
+    return Pictures(size, colours)
 
 
 def decoder_batches(encode, size: int, seed: int, *, side: int = 16):

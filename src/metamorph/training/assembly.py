@@ -16,9 +16,11 @@ from PIL.Image import Image
 from torch import Tensor
 
 from metamorph.batch import Batch
-from metamorph.data.collate import pack, pad
-from metamorph.data.mixture import ExampleSource, Mixture, WeightedSource
+from metamorph.data.collate import pack, pack_rows, pad
+from metamorph.data.mixture import ExampleSource, Mixture, WeightedSource, mean_length
+from metamorph.data.packing import Packing
 from metamorph.data.readers import JsonlSource, Quarantine
+from metamorph.data.skipping import BAD, BadRecords
 from metamorph.data.stream import BatchStream, ExampleEncoder
 from metamorph.errors import CheckpointError, ConfigError
 from metamorph.losses import LossTerm
@@ -26,6 +28,7 @@ from metamorph.messages import ImagePart
 from metamorph.training.config import DataConfig, DecoderConfig, ModelConfig, SourceConfig, TrainingConfig, unknown_name
 from metamorph.training.device import rank, world_size
 from metamorph.training.encoder_cache import CachingEncode, EncoderCache, encoder_fingerprint
+from metamorph.training.stepping import gather_objects
 
 if TYPE_CHECKING:
     from metamorph.decoder import DecoderModel, DecoderStream
@@ -67,44 +70,84 @@ def check_start(config: ModelConfig) -> None:
         raise ConfigError(f"{found} but a saved model keeps its own settings (ModelConfig). Leave overrides out.")
 
 
-def build_mixture(data: DataConfig, seed: int) -> Mixture:
-    """The order over the rows of all sources.
+def build_encoder(data: DataConfig, processor: MetaMorphProcessor) -> ExampleEncoder:
+    """From examples to sequences, as the data settings ask for it."""
+    return ExampleEncoder(processor, data.max_length, data.too_long)
+
+
+def build_mixture(data: DataConfig, seed: int, encode: ExampleEncoder | None = None) -> Mixture:
+    """The order over the rows of all sources. `encode` measures mean lengths, where weights are shares of tokens.
 
     Raises:
-        ConfigError: a source cannot be found or called, or is empty.
+        ConfigError: a source cannot be found or called, or is empty; a mean length is needed, neither stated nor to be measured.
+        MetaMorphError: a row on which a length is measured cannot be used.
     """
-    sources = [WeightedSource(load_source(source), source.weight, source.loss_weight) for source in data.sources]
+    sources = []
+    for config in data.sources:
+        source = load_source(config)
+        weight = config.weight / (_mean_tokens(config, source, data, encode) if data.weight_unit == "tokens" else 1)
+        sources.append(
+            WeightedSource(source, weight, repeats=config.repeats, loss_weight=config.loss_weight, max_examples=config.max_examples)
+        )
     return Mixture(sources, seed=seed, order=data.order, epochs=data.epochs)
 
 
+def _mean_tokens(config: SourceConfig, source: ExampleSource, data: DataConfig, encode: ExampleEncoder | None) -> float:
+    if config.mean_tokens is not None:
+        return config.mean_tokens
+    if encode is None:
+        raise ConfigError(f"no mean_tokens but weight_unit=tokens needs one (source {source.name}). State it, or give a processor.")
+    return mean_length(source, encode, data.token_sample, leave_out=BAD if data.on_bad_record == "skip" else ())
+
+
 def resolve_steps(training: TrainingConfig, mixture: Mixture) -> TrainingConfig:
-    """The settings with the number of steps that the epochs of the data give, where none is set; a last, smaller step included."""
-    if training.steps:
+    """The settings with the number of steps that the epochs of the data give, where none is set; a last, smaller step included.
+
+    Raises:
+        ConfigError: more steps are set than there are.
+    """
+    if mixture.order != "epoch":
         return training
-    return training.model_copy(update={"steps": -(-mixture.epochs * mixture.epoch_length // training.batch_size)})
+    available = -(-mixture.epochs * mixture.epoch_length // training.batch_size)
+    if training.steps > available:
+        epochs = f"{mixture.epochs} epoch{'s' * (mixture.epochs > 1)} of {mixture.epoch_length} examples, {training.batch_size} a step"
+        raise ConfigError(f"{training.steps} steps but at most {available} ({epochs}). Raise epochs, or use order: infinite.")
+    return training if training.steps else training.model_copy(update={"steps": available})
 
 
 def build_stream(
-    data: DataConfig, training: TrainingConfig, mixture: Mixture, processor: MetaMorphProcessor, cache: EncoderCache | None = None
+    data: DataConfig,
+    training: TrainingConfig,
+    mixture: Mixture,
+    processor: MetaMorphProcessor,
+    cache: EncoderCache | None = None,
+    *,
+    run_dir: Path | None = None,
+    stage: str = "",
 ) -> BatchStream:
-    """This process's share of the mixture's batches.
+    """This process's share of the mixture's batches. Rows that are skipped are listed in `run_dir`, under the name of the stage.
 
     Raises:
         ConfigError: settings contradict each other.
     """
     if cache is not None and data.workers:
         raise ConfigError(f"workers={data.workers} with an encoder cache but it lives in one process (data). Set workers=0.")
-    encode: Callable[..., Any] = ExampleEncoder(processor, data.max_length)
+    encode: Callable[..., Any] = build_encoder(data, processor)
+    by_rows, skips = data.batch_unit == "rows", data.on_bad_record == "skip"
+    listing = run_dir / "bad_records.jsonl" if run_dir is not None and rank() == 0 else None
     return BatchStream(
         mixture,
         CachingEncode(encode, cache) if cache is not None else encode,
         batch_size=training.batch_size,
-        collate=partial(pack, max_length=data.max_length) if data.pack else pad,
+        collate=pack_rows if by_rows else partial(pack, max_length=data.max_length) if data.pack else pad,
         micro_batch_size=training.micro_batch_size,
         rank=rank(),
         world_size=world_size(),
         workers=data.workers,
         group_by_length=data.group_by_length,
+        packing=Packing(data.max_length, data.look_ahead) if by_rows else None,
+        bad_records=BadRecords(data.max_bad_records, listing, stage) if skips else None,
+        gather=gather_objects,
     )
 
 

@@ -13,10 +13,9 @@ from torch import Tensor
 
 from metamorph.data.mixture import Draw, Mixture
 from metamorph.data.skipping import BAD
-from metamorph.data.stream import ExampleEncoder
 from metamorph.errors import CheckpointError, MetaMorphError
 from metamorph.messages import Example
-from metamorph.training.assembly import TokenEncoder, build_decoder_stream, build_mixture, check_start, resolve_steps
+from metamorph.training.assembly import TokenEncoder, build_decoder_stream, build_encoder, build_mixture, check_start, resolve_steps
 from metamorph.training.config import DecoderConfig, ModelConfig, RunConfig, StageConfig
 
 if TYPE_CHECKING:
@@ -53,14 +52,14 @@ def rehearse(config: RunConfig) -> Rehearsal:
     for number, stage in enumerate(config.stages):
         data = stage.data or config.data
         assert data is not None  # validated
+        encode = None if processor is None else build_encoder(data, processor)
         try:
-            mixture = build_mixture(data, stage.training.seed)
+            mixture = build_mixture(data, stage.training.seed, encode)
         except MetaMorphError as error:
             if processor is not None:
                 raise
             rows[stage.name] = [_not_opened(error, why_not)]
             continue
-        encode = None if processor is None else ExampleEncoder(processor, data.max_length, data.too_long)
         rows[stage.name] = [
             _told(mixture, source, encode, why_not, BAD if data.on_bad_record == "skip" else ()) for source in range(len(mixture.sources))
         ]

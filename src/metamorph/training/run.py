@@ -3,6 +3,7 @@
 <run_dir>/
     config.yaml     the resolved settings
     metrics.jsonl   a row per logged step, all stages
+    bad_records.jsonl   rows that were skipped, if that is allowed and there are any
     checkpoints/<stage>/step-.../
     run.json        versions, device, and how each stage went
     model/          the trained model with its processor and its card, or the decoder
@@ -32,6 +33,7 @@ from metamorph.training.assembly import (
     build_cache,
     build_decoder,
     build_decoder_stream,
+    build_encoder,
     build_mixture,
     build_model,
     build_stream,
@@ -118,9 +120,10 @@ def _run_model(config, results, train_stage, evaluators, on_stage, tracker) -> N
             _try_card(model, config)
         select_trainable(model, stage.train, stage.freeze)
         data = stage.data or config.data
-        mixture = build_mixture(data, stage.training.seed)
+        mixture = build_mixture(data, stage.training.seed, build_encoder(data, processor))
         training = resolve_steps(stage.training, mixture)
-        stream = build_stream(data, training, mixture, processor, build_cache(data, model))
+        cache = build_cache(data, model)
+        stream = build_stream(data, training, mixture, processor, cache, run_dir=config.run_dir, stage=stage.name)
         bound = {name: partial(_evaluate, evaluator, processor) for name, evaluator in evaluators.items()}
         try:
             result = train_stage(
