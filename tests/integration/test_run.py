@@ -235,9 +235,7 @@ def test_a_dry_run_passes_over_bad_rows_where_the_run_would(recipe, parts, tmp_p
 
 
 def test_a_dry_run_without_the_models_parts_plans_and_says_what_was_not_read(tmp_path):
-    (tmp_path / "rows.jsonl").write_text(
-        '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}\n' * 2
-    )
+    (tmp_path / "rows.jsonl").write_text('{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}\n' * 2)
     path = "data.sources.0.kwargs.path"
     shown = command("metamorph_llama3_1_8b", "--dry-run", "--set", f"stages.0.{path}={tmp_path / 'rows.jsonl'}")
     assert shown.exit_code == 0, shown.output
