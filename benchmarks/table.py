@@ -84,6 +84,22 @@ SECTIONS = (
         {"stage": "stage", "goal (at most)": "goal", "share": "share_waited", "seconds per step": "seconds_per_step", "steps": "steps"},
     ),
     Section(
+        "packing",
+        "Packed against padded batches of the same rows",
+        {
+            "pack length": "pack_length",
+            "rows": "rows",
+            "left out as too long": "rows_left_out",
+            "fill, packed": "fill",
+            "goal": "fill_goal",
+            "fill, padded": "fill_padded",
+            "real tokens/s, padded": "tokens_per_second_padded",
+            "real tokens/s, packed": "tokens_per_second_packed",
+            "times faster": "times_faster",
+            "the same in processor time": "times_faster_cpu",
+        },
+    ),
+    Section(
         "imports",
         "Cold starts, seconds",
         {"what": "what", "goal (at most)": "goal", "seconds": "seconds", "without the interpreter's own": "seconds_without_python"},
