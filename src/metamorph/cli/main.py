@@ -15,7 +15,7 @@ import typer
 import metamorph
 from metamorph.errors import MetaMorphError
 
-NOUNS = ("init", "convert", "train", "generate", "chat", "evaluate", "push", "demo", "doctor", "microworld")
+NOUNS = ("init", "convert", "train", "generate", "chat", "evaluate", "push", "demo", "doctor", "data", "microworld")
 """The subcommands in the order of `--help`; `metamorph.cli.<noun>` has `register(app)`."""
 
 EXIT_REFUSED = 2

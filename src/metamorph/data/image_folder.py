@@ -137,7 +137,8 @@ class CaptionedImages(FaultyRows):
         }
         base = self.root if self._below is not None else self.folder
         there = (os.path.relpath(os.path.join(place, name), base) for place, _, names in os.walk(self.folder) for name in sorted(names))
-        missing = [name for name in there if os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES and os.path.normpath(name) not in named]
+        images = (name for name in there if os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES)
+        missing = [name for name in images if os.path.normpath(name).casefold() not in named]  # of a wrong case, its row says
         if missing:
             found = f"{len(missing)} images that no row names ({', '.join(missing[:_SHOWN])}{', ...' if len(missing) > _SHOWN else ''})"
             expected, remedy = "each is expected in one", "Add rows for them, or leave it: they are not read."

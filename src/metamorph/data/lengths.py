@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from metamorph.messages import Example, ImagePart, Message, Part, TextPart, VideoPart
 
@@ -54,6 +54,7 @@ class Lengths:
         return tuple(number for number, (_, end) in enumerate(self.images) if end > position)
 
 
+@runtime_checkable
 class Measure(Protocol):
     """Counts the positions of an example."""
 
@@ -76,6 +77,7 @@ class Measure(Protocol):
         ...
 
 
+@runtime_checkable
 class EncodesText(Protocol):
     """What is needed of a processor."""
 

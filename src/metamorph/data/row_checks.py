@@ -164,6 +164,8 @@ class RowChecker:
             fault, content = self._judge(image, name, None)
         if fault is not None:
             teller.tell(replace(fault, place=teller.place, field=where))
+        if self._records is not None and self._records.format != "pairs" and _named_after_sample(name, teller.place):
+            name = ""  # samples that ask about one image each carry it, under their own name; only pairs should not repeat one
         self._seen.append(SeenImage(where, name, content))
 
     def _look(self, name: str, root: Path | None) -> tuple[Fault | None, int]:
@@ -191,6 +193,12 @@ class RowChecker:
             fields = [image.field for image in self._seen]
             faults.append(_too_long(lengths, limit, example.place, where, fields, exact=self._settings.measure.exact))
         return lengths
+
+
+def _named_after_sample(name: str, place: str) -> bool:
+    """Whether an image lies in a tar and is called as its sample is."""
+    _, sample, key = place.rpartition(" sample ")
+    return bool(sample) and name.startswith(f"{key}.")
 
 
 def _watched(settings: RecordSettings, see: SeeMedium, open_video: OpenVideo) -> RecordSettings:
@@ -229,7 +237,7 @@ def _too_long(lengths: Lengths, limit: int, place: str, where: str, fields: list
     about = "" if exact else "about "
     lost = [f"{lengths.text_targets_from(limit)} text targets", *([f"{len(cut)} of {len(lengths.images)} images"] if cut else [])]
     found = f"{about}{lengths.positions} positions, the last {lengths.positions - limit} with {' and '.join(lost)}"
-    remedy = "Raise max_length, shorten the text or show fewer images; such a row is refused, or cut before an image, never inside one."
+    remedy = "Raise max_length, shorten the text or show fewer images: training refuses the row, or drops its last turns (too_long)."
     severity = "error" if exact else "warning"
     if target is None:
         return Fault("row-too-long", place, where, found, f"at most {limit} are allowed", remedy, severity)
@@ -262,9 +270,6 @@ def digest(data: bytes) -> int:
 def _shapes(raw: RawRow, columns: Mapping[str, str]) -> list[tuple[str, str]]:
     """Of each field of media, how it is written."""
     names = [columns.get(name, name) for name in _MEDIA_FIELDS]
-    given = [(name, raw.values[name]) for name in names if raw.values.get(name) is not None]
-    return [(name, _written(value)) for name, value in given]
-
-
-def _written(value: Any) -> str:
-    return "text" if isinstance(value, str) else "a list" if isinstance(value, list | tuple) else "an object"
+    given = [(name, raw.values[name]) for name in names if raw.values.get(name)]  # an empty list is a fault of its own
+    kinds = ((str, "text"), (list | tuple, "a list"), (Mapping, "an object"))
+    return [(name, kind) for name, value in given for cls, kind in kinds if isinstance(value, cls)]

@@ -1,0 +1,130 @@
+"""What the commands of `metamorph data` share: options, sources from files or recipes, the processor that counts, progress."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, TypeAlias
+
+import typer
+
+from metamorph.errors import ConfigError
+
+if TYPE_CHECKING:
+    from metamorph.data.mixture import ExampleSource
+    from metamorph.model.processing import MetaMorphProcessor
+    from metamorph.training.config import RunConfig
+
+ImageRoot: TypeAlias = Annotated[
+    Path | None, typer.Option(help="Folder to which paths of images are relative, and which they may not leave; by default the file's own.")
+]
+Columns: TypeAlias = Annotated[
+    list[str] | None, typer.Option("--columns", help="ours=theirs: the file's name of a field, such as image=img. May be repeated.")
+]
+AllowUrls: TypeAlias = Annotated[bool, typer.Option("--allow-urls", help="Fetch images that are named by a URL.")]
+Recipe: TypeAlias = Annotated[str | None, typer.Option(help="A recipe (name or YAML) whose processor and max_length hold.")]
+ModelDir: TypeAlias = Annotated[str | None, typer.Option("--model", help="Directory of a model whose processor counts tokens.")]
+Jobs: TypeAlias = Annotated[int | None, typer.Option(min=1, help="Processes; by default 1 for a sample, and all cores for all rows.")]
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """The processor that was asked for, or why there is none."""
+
+    processor: MetaMorphProcessor | None
+    name: str = ""
+    max_length: int | None = None
+    why_not: str = ""
+
+
+def parse_columns(assignments: Sequence[str] | None) -> dict[str, str]:
+    """`["image=img"]` as a mapping.
+
+    Raises:
+        ConfigError: an assignment has no `=`.
+    """
+    columns = {}
+    for assignment in assignments or ():
+        ours, equals, theirs = assignment.partition("=")
+        if not equals or not ours or not theirs:
+            raise ConfigError(f"{assignment!r} but ours=theirs is expected (--columns). Write for example --columns image=img.")
+        columns[ours] = theirs
+    return columns
+
+
+def load_run(recipe: str | None) -> RunConfig | None:
+    """The recipe's settings, if one is named.
+
+    Raises:
+        ConfigError: there is no such recipe, or it trains a decoder, which reads no conversations.
+    """
+    if recipe is None:
+        return None
+    from metamorph.recipes import load_recipe
+
+    config = load_recipe(recipe)
+    if config.model is None:
+        raise ConfigError(f"a recipe that trains a decoder but one with a model is needed ({recipe}). It names its batches itself.")
+    return config
+
+
+def choose_processor(model: str | None, config: RunConfig | None, max_length: int | None) -> Chosen:
+    """The processor of `--model`, else of the recipe; the longest row by `--max-length`, else the recipe's, else the model's context.
+
+    Raises:
+        CheckpointError: there is none where one is named.
+    """
+    if model is not None:
+        from metamorph.model.processing import MetaMorphProcessor
+
+        processor = MetaMorphProcessor.from_pretrained(model)
+        return Chosen(processor, model, max_length or _longest(config) or processor.max_length)
+    if config is None or config.model is None:
+        return Chosen(None, max_length=max_length)
+    from metamorph.training.rehearsal import find_processor
+
+    processor, why_not = find_processor(config.model)
+    return Chosen(processor, config.name, max_length or _longest(config), why_not)
+
+
+def _longest(config: RunConfig | None) -> int | None:
+    """The largest limit of a recipe's stages, by which files that it does not name are judged."""
+    return max((data.max_length for data in _data_of(config)), default=None)
+
+
+def _data_of(config: RunConfig | None) -> list:
+    stages = [] if config is None else [stage.data or config.data for stage in config.stages]
+    return [data for data in stages if data is not None]
+
+
+def sources_of(config: RunConfig) -> Iterator[tuple[ExampleSource, int]]:
+    """Every source of a recipe, once for each limit of length under which it is read.
+
+    Raises:
+        MetaMorphError: one cannot be opened.
+    """
+    from metamorph.training.assembly import load_source
+
+    told = {(repr(source.to_dict()), data.max_length): source for data in _data_of(config) for source in data.sources}
+    for (_, max_length), source in told.items():
+        yield load_source(source), max_length
+
+
+def cores() -> int:
+    """How many this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@contextmanager
+def shown_progress(what: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar on stderr, gone when it is done; on something that is no terminal, nothing."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(what, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
