@@ -83,7 +83,7 @@ def test_what_is_there_is_not_touched(tmp_path):
         (RED, BLUE),
         (RED, "and", (BLUE, RED), "?"),
     ],
-    ids=str,
+    ids=("line_breaks", "spaces", "a_tag_in_text", "two_texts", "code", "pictures", "a_list_of_pictures"),
 )
 def test_text_survives_as_it_is(parts, layout):
     example = Example((Message.user(*parts), Message.assistant(RED, "  yes \n")), "7", "here", "edit", 0.5)
