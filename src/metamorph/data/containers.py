@@ -110,13 +110,13 @@ def detect(path: Path) -> Kind:
     where, magic = _TAR_MAGIC
     if head[where] == magic:
         return "tar"
+    if wide_encoding(head):
+        return "json lines"  # which says what is wrong with it
     text = head.removeprefix(BOM).lstrip(BLANK)
     if text.startswith(b"["):
         return "json array"
     if text.startswith(b"{") or not text:
         return "json lines"
-    if wide_encoding(head):
-        return "json lines"  # which says what is wrong with it
     if looks_like_csv(head):
         return "csv"
     if b"\0" not in head and path.suffix in {".json", ".jsonl", ".ndjson"}:

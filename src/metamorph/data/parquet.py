@@ -23,7 +23,7 @@ from metamorph.errors import HubError, RecordError
 if TYPE_CHECKING:
     from datasets import Dataset
 
-_HUB = re.compile(r"hf://datasets/(?P<name>[^@:]+?)(?:@(?P<revision>[^:/]+))?(?::(?P<config>[^/]+))?(?P<split>/[^/]+)?")
+_HUB = re.compile(r"hf://datasets/(?P<name>[^@:]+)(?P<more>(?:@(?P<revision>[^:/]+))?(?::(?P<config>[^/]+))?(?:/(?P<split>[^/]+))?)")
 
 
 class Shard(NamedTuple):
@@ -101,8 +101,7 @@ def open_parquet(
     if shards:
         options = {"data_files": [str(shard) for shard in shards], "split": "train"}
         place = f"{files[0]}{f' and {len(files) - 1} more' if len(files) > 1 else ''}"
-        with _errors_named(place):
-            table = _load("parquet", progress, cache_dir=cache_dir, **options)
+        table = load_table("parquet", place, progress=progress, cache_dir=cache_dir, **options)
     counted = [Shard(str(file), number) for file, number in shards.items()]
     return TableRows(table, counted, root=image_root or files[0].parent, name=name or files[0].stem, broken=broken)
 
@@ -131,8 +130,8 @@ def open_hub(
         HubError: the hub does not answer.
     """
     source = parse_reference(reference, split, config)
-    with _errors_named(reference):
-        table = _load(source.name, progress, name=source.config, split=source.split, revision=source.revision, cache_dir=cache_dir)
+    options = {"name": source.config, "split": source.split, "revision": source.revision}
+    table = load_table(source.name, reference, progress=progress, cache_dir=cache_dir, **options)
     return TableRows(table, [Shard(reference, len(table))], root=None, name=name or reference)
 
 
@@ -155,13 +154,12 @@ def parse_reference(reference: str, split: str = "train", config: str | None = N
         return HubReference(reference, None, config, split)
     found = _HUB.fullmatch(reference)
     parts = found["name"].split("/") if found else []
-    if found is None or not 1 <= len(parts) <= (2 if found["split"] else 3) or not all(parts):
+    if found and not found["more"] and len(parts) == 3:  # without a mark between them, the third part is the split
+        split = parts.pop()
+    if found is None or len(parts) > 2 or not all(parts):
         expected = "hf://datasets/OWNER/NAME, with @REVISION, :CONFIG and /SPLIT behind it where wanted, is needed"
         raise RecordError(f"{reference!r} but {expected} (name on the hub). Correct it.")
-    if len(parts) == 2 and found["split"] and not found["config"] and not found["revision"]:
-        return HubReference("/".join(parts), None, config, found["split"][1:])
-    given = found["split"][1:] if found["split"] else split
-    return HubReference("/".join(parts), found["revision"], found["config"] or config, given)
+    return HubReference("/".join(parts), found["revision"], found["config"] or config, found["split"] or split)
 
 
 def _shards(files: Sequence[Path]) -> tuple[dict[Path, int], list[Fault]]:
@@ -180,14 +178,30 @@ def _shards(files: Sequence[Path]) -> tuple[dict[Path, int], list[Fault]]:
     return counts, broken
 
 
-def _load(path: str, progress: bool, *, cache_dir: Path | None, **options: Any) -> Dataset:
-    """`load_dataset`, whose bars follow `progress` without a lasting change to the library's setting."""
+def load_table(path: str, place: str, *, progress: bool = False, cache_dir: Path | None = None, **options: Any) -> Any:
+    """`datasets.load_dataset`, whose bars follow `progress` without a lasting change to the library's setting.
+
+    Args:
+        path: as `load_dataset` wants it.
+        place: how errors call the data.
+        progress: show how far it is.
+        cache_dir: where downloads and Arrow files go.
+        options: of `load_dataset`.
+
+    Returns:
+        A `Dataset`, or an `IterableDataset` where `streaming` is among the options.
+
+    Raises:
+        RecordError: it cannot be read as a table.
+        HubError: the hub does not answer.
+    """
     import datasets
 
     silent = datasets.are_progress_bars_disabled()
     (datasets.enable_progress_bars if progress else datasets.disable_progress_bars)()
     try:
-        return datasets.load_dataset(path, cache_dir=None if cache_dir is None else str(cache_dir), **options)  # pyright: ignore[reportReturnType]
+        with _errors_named(place):
+            return datasets.load_dataset(path, cache_dir=None if cache_dir is None else str(cache_dir), **options)
     finally:
         (datasets.disable_progress_bars if silent else datasets.enable_progress_bars)()
 
