@@ -10,7 +10,8 @@ from tests.tiny import tiny_tokenizer
 from metamorph.data.collate import pack, unpack
 from metamorph.data.inspection import target_texts
 from metamorph.data.mixture import Mixture, WeightedSource
-from metamorph.data.readers import JsonlSource, write_jsonl
+from metamorph.data.record_files import write_jsonl
+from metamorph.data.source import open_source
 from metamorph.data.stream import BatchStream, ExampleEncoder
 from metamorph.errors import ContextLengthError, MediaError
 from metamorph.messages import Example, Message
@@ -44,7 +45,7 @@ def folder(tmp_path_factory):
 
 
 def make_stream(folder, processor, *names, max_length=200, **options):
-    sources = [WeightedSource(JsonlSource(folder / f"{name}.jsonl")) for name in names]
+    sources = [WeightedSource(open_source(folder / f"{name}.jsonl")) for name in names]
     encode = ExampleEncoder(processor, max_length)
     return BatchStream(
         Mixture(sources, seed=1, order="epoch"), encode, batch_size=4, collate=partial(pack, max_length=max_length), **options

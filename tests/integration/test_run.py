@@ -210,7 +210,7 @@ def test_a_dry_run_raises_what_the_run_would(recipe, parts, tmp_path):
         {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello " * 200}]},
         {"messages": [{"role": "user", "content": "Hi"}]},
     ]
-    source = "metamorph.training.assembly.jsonl_source"
+    source = "metamorph.data.source.open_source"
     for number, line in enumerate(lines):
         (tmp_path / f"{number}.jsonl").write_text(json.dumps(line) + "\n")
     for kwargs in ({"path": str(tmp_path / "missing.jsonl")}, *({"path": str(tmp_path / f"{number}.jsonl")} for number in range(2))):
@@ -229,7 +229,7 @@ def test_a_dry_run_passes_over_bad_rows_where_the_run_would(recipe, parts, tmp_p
     (tmp_path / "rows.jsonl").write_text(row + "no JSON\n" + row * 10)
     skipping = settings(parts, tmp_path / "run").to_dict()
     skipping["data"] |= {"on_bad_record": "skip"}
-    skipping["data"]["sources"] = [{"source": "metamorph.training.assembly.jsonl_source", "kwargs": {"path": str(tmp_path / "rows.jsonl")}}]
+    skipping["data"]["sources"] = [{"source": "metamorph.data.source.open_source", "kwargs": {"path": str(tmp_path / "rows.jsonl")}}]
     RunConfig(**skipping).save(recipe)
     assert "rows: 12 rows; 1 of the first 3 cannot be used and would be skipped" in command(str(recipe), "--dry-run").output
 

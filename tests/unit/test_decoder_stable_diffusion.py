@@ -258,7 +258,7 @@ class TestRecipe:
         from metamorph.training.images import image_batches
 
         model, processor = load(encoder)
-        settings = {"source": "metamorph.training.assembly.jsonl_source", "kwargs": {"path": str(pictures), "needs_answer": False}}
+        settings = {"source": "metamorph.data.source.open_source", "kwargs": {"path": str(pictures), "needs_answer": False}}
         batch = image_batches(TokenEncoder(model, processor), 2, 0, image_size=SIZE, **settings)(0)
         number = int(batch.ids[0].rpartition(":")[2]) - 1
         pixels = torch.from_numpy(processor.prepare_image(ImagePart(pictures.parent / f"{number}.png")))

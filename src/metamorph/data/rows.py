@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
-from metamorph.data.faults import Fault
+from metamorph.data.faults import Fault, raise_errors
+from metamorph.errors import RecordError
 
 
 @dataclass(frozen=True)
@@ -91,3 +92,20 @@ class FaultyRows(ABC):
         """
         if not 0 <= index < len(self):
             raise IndexError(f"row {index} but 0 to {len(self) - 1} exist ({name})")
+
+
+OF_ONE_ROW = frozenset({"orphan"})
+"""Codes of faults of a file that concern one row only: whoever reads that row meets them there."""
+
+
+def refuse_broken_files(rows: Rows) -> None:
+    """Raise what is wrong with a file as a whole, so that training does not begin on a part of it.
+
+    Raises:
+        RecordError: it cannot be read, is cut off, or holds no rows.
+    """
+    for fault in rows.faults():
+        if fault.code not in OF_ONE_ROW:
+            raise_errors(fault)
+    if not len(rows):
+        raise RecordError(f"0 rows but at least 1 is needed ({rows.name}). Fill the file or leave it out.")

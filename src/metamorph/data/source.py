@@ -11,7 +11,7 @@ from metamorph.data.faults import Fault, Report, raise_errors
 from metamorph.data.formats import FORMATS, Format, detect
 from metamorph.data.records import RecordSettings, to_example
 from metamorph.data.references import Fetch, Roots
-from metamorph.data.rows import Rows
+from metamorph.data.rows import Rows, refuse_broken_files
 from metamorph.errors import ConfigError
 from metamorph.messages import Example, ImagePart, VideoPart
 
@@ -77,13 +77,14 @@ def open_source(
     path: str | Path | Sequence[str | Path],
     image_root: str | Path | None = None,
     name: str = "",
-    format: Format | None = None,
+    format: str | None = None,
     columns: Mapping[str, str] | None = None,
     needs_answer: bool = True,
     allow_urls: bool = False,
     fps: float = 1.0,
     max_frames: int = 45,
     seed: int = 0,
+    whole_files: bool = True,
 ) -> FileSource:
     """Data files of any known kind, for recipes: JSON, JSON lines, Parquet, WebDataset tars, folders of images with captions.
 
@@ -98,9 +99,10 @@ def open_source(
         fps: frames per second that are taken of a video (paper, section 5: 1).
         max_frames: of a video, the first ones (paper: 45).
         seed: of the wording of requests where rows are pairs.
+        whole_files: refuse a file that is cut off, empty or in another encoding; off to look at what is left of it.
 
     Raises:
-        RecordError: there is no such file, or it holds no rows.
+        RecordError: there is no such file, or it is refused.
         ConfigError: an unknown format.
     """
     from metamorph.data.containers import open_rows
@@ -108,11 +110,13 @@ def open_source(
     if format is not None and format not in FORMATS:
         raise ConfigError(f"format {format!r} but one of {', '.join(FORMATS)} is expected (open_source). Correct or drop it.")
     rows = open_rows(path, image_root=None if image_root is None else Path(image_root), name=name)
+    if whole_files:
+        refuse_broken_files(rows)
     roots = Roots(rows.root, _fetch() if allow_urls else None)
     settings = RecordSettings(
         roots=roots,
         source=name,
-        format=format,
+        format=format,  # pyright: ignore[reportArgumentType]  # one of FORMATS
         columns=dict(columns or {}),
         needs_answer=needs_answer,
         open_video=VideoOpener(fps, max_frames),

@@ -19,15 +19,16 @@ from metamorph.batch import Batch
 from metamorph.data.collate import pack, pack_rows, pad
 from metamorph.data.mixture import ExampleSource, Mixture, WeightedSource, mean_length
 from metamorph.data.packing import Packing
-from metamorph.data.readers import JsonlSource, Quarantine
 from metamorph.data.skipping import BAD, BadRecords
 from metamorph.data.stream import BatchStream, ExampleEncoder
+from metamorph.data.token_store import TokenStore
 from metamorph.errors import CheckpointError, ConfigError
 from metamorph.losses import LossTerm
 from metamorph.messages import ImagePart
 from metamorph.training.config import DataConfig, DecoderConfig, ModelConfig, SourceConfig, TrainingConfig, unknown_name
 from metamorph.training.device import rank, world_size
-from metamorph.training.encoder_cache import CachingEncode, EncoderCache, encoder_fingerprint
+from metamorph.training.encoder_cache import CachingEncode, EncoderCache
+from metamorph.training.encoding import StoredEncode, open_store
 from metamorph.training.stepping import gather_objects
 
 if TYPE_CHECKING:
@@ -44,7 +45,7 @@ def vpit_step(model: MetaMorph, batch: Batch, drawn_token_dropout: float = 0.0) 
     return terms
 
 
-def build_model(config: ModelConfig, seed: int) -> tuple[MetaMorph, MetaMorphProcessor]:
+def build_model(config: ModelConfig, seed: int, *, with_encoder: bool = True) -> tuple[MetaMorph, MetaMorphProcessor]:
     """Join an LLM and a vision encoder (new parts random by `seed`), or load a saved model.
 
     Raises:
@@ -54,9 +55,9 @@ def build_model(config: ModelConfig, seed: int) -> tuple[MetaMorph, MetaMorphPro
 
     check_start(config)
     if config.start is not None:
-        return load(config.start)
+        return load(config.start, with_encoder=with_encoder)
     assert config.llm is not None and config.vision is not None  # validated
-    return initialize(config.llm, config.vision, seed=seed, **config.overrides)
+    return initialize(config.llm, config.vision, seed=seed, with_encoder=with_encoder, **config.overrides)
 
 
 def check_start(config: ModelConfig) -> None:
@@ -120,7 +121,7 @@ def build_stream(
     training: TrainingConfig,
     mixture: Mixture,
     processor: MetaMorphProcessor,
-    cache: EncoderCache | None = None,
+    cache: EncoderCache | TokenStore | None = None,
     *,
     run_dir: Path | None = None,
     stage: str = "",
@@ -130,14 +131,16 @@ def build_stream(
     Raises:
         ConfigError: settings contradict each other.
     """
-    if cache is not None and data.workers:
+    if isinstance(cache, EncoderCache) and data.workers:
         raise ConfigError(f"workers={data.workers} with an encoder cache but it lives in one process (data). Set workers=0.")
     encode: Callable[..., Any] = build_encoder(data, processor)
+    if cache is not None:
+        encode = CachingEncode(encode, cache) if isinstance(cache, EncoderCache) else StoredEncode(encode, cache)
     by_rows, skips = data.batch_unit == "rows", data.on_bad_record == "skip"
     listing = run_dir / "bad_records.jsonl" if run_dir is not None and rank() == 0 else None
     return BatchStream(
         mixture,
-        CachingEncode(encode, cache) if cache is not None else encode,
+        encode,
         batch_size=training.batch_size,
         collate=pack_rows if by_rows else partial(pack, max_length=data.max_length) if data.pack else pad,
         micro_batch_size=training.micro_batch_size,
@@ -151,16 +154,15 @@ def build_stream(
     )
 
 
-def build_cache(data: DataConfig, model: MetaMorph) -> EncoderCache | None:
-    """The cache of encoder outputs that the data settings ask for, if any."""
-    if not data.cached_images and data.cache_dir is None:
-        return None
-    names = ("vision_feature_layer", "vision_post_layernorm", "pooling", "num_visual_tokens", "normalize_visual_tokens")
-    settings = {name: getattr(model.config, name) for name in names} | {"vision": model.config.vision_config.to_dict()}
-    directory = None if data.cache_dir is None else Path(data.cache_dir)
-    return EncoderCache(
-        TokenEncoder(model), encoder_fingerprint(model.vision_encoder, settings), capacity=data.cached_images, directory=directory
-    )
+def build_cache(data: DataConfig, model: MetaMorph, config: ModelConfig) -> EncoderCache | TokenStore | None:
+    """Where visual tokens come from by the data settings, if not from the encoder each time: its outputs in memory, or a store.
+
+    Raises:
+        ConfigError: the store is not finished, or of another encoder.
+    """
+    if data.encoded is not None:
+        return open_store(Path(data.encoded), config)
+    return EncoderCache(TokenEncoder(model), data.cached_images) if data.cached_images else None
 
 
 @dataclass(frozen=True)
@@ -248,22 +250,6 @@ def build_decoder_stream(config: DecoderConfig, training: TrainingConfig, encode
     parts = share // micro
     makers = [call(seed=(training.seed * world_size() + rank()) * parts + part) for part in range(parts)]
     return DecoderStream(lambda step: [make(step) for make in makers])
-
-
-def jsonl_source(
-    path: str, root: str | None = None, name: str = "", needs_answer: bool = True, set_aside: int = 0, check_images: bool = False
-) -> ExampleSource:
-    """A file of records, for settings: images are relative to `root`, by default the file's folder.
-
-    `needs_answer` off takes records in which nobody answers, such as lone images for the decoder.
-    Up to `set_aside` broken lines, with `check_images` also those of broken images, are left out and listed beside the file.
-
-    Raises:
-        RecordError: there is no such file, or more broken lines.
-    """
-    quarantine = Quarantine(set_aside, check_images=check_images) if set_aside or check_images else None
-    folder = None if root is None else Path(root)
-    return JsonlSource(Path(path), root=folder, name=name, needs_answer=needs_answer, quarantine=quarantine)
 
 
 def load_source(config: SourceConfig) -> ExampleSource:

@@ -15,14 +15,12 @@ from metamorph.data.containers import open_rows
 from metamorph.data.faults import raise_errors
 from metamorph.data.kinds import Turn
 from metamorph.data.media_faults import fault_of_image
-from metamorph.data.rows import RawRow, Rows
+from metamorph.data.rows import RawRow, Rows, refuse_broken_files
 from metamorph.data.turns import Teller, role_of, text_of
 from metamorph.errors import ConfigError, DataError, MediaError, RecordError
 from metamorph.messages import Example, ImageSource, resolve_inside
 
 Convert: TypeAlias = Callable[[RawRow, np.random.Generator], Example]
-_OF_ONE_ROW = frozenset({"orphan"})
-"""Codes of faults that a container finds without reading, but that are errors of single rows, where these are read."""
 _TAG = re.compile(r"[ \t]*<(?:image|video)>[ \t]*\n?")
 
 
@@ -215,11 +213,7 @@ def open_records(files: Sequence[Path], root: Path | None, name: str) -> Rows:
         RecordError: a file cannot be read, is cut off, or holds no rows.
     """
     rows = open_rows(files, image_root=root, name=name)
-    for fault in rows.faults():
-        if fault.code not in _OF_ONE_ROW:
-            raise_errors(fault)
-    if not len(rows):
-        raise RecordError(f"0 rows but at least 1 is needed ({', '.join(map(str, files))}). Fetch the files again.")
+    refuse_broken_files(rows)
     return rows
 
 

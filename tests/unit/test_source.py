@@ -1,0 +1,144 @@
+"""Files as a source of examples: quick to open, checked when asked for, and every error names file, line and field."""
+
+import json
+import pickle
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+from PIL import Image
+
+from metamorph.data.mixture import ExampleSource
+from metamorph.data.record_files import write_jsonl
+from metamorph.data.source import open_source
+from metamorph.errors import ConfigError, MediaError, RecordError
+from metamorph.messages import Example, Message
+from metamorph.training.assembly import load_source
+from metamorph.training.config import SourceConfig
+
+
+def line(number=0, **fields):
+    messages = [{"role": "user", "content": f"question {number}"}, {"role": "assistant", "content": f"answer {number}"}]
+    return json.dumps({"messages": messages, **fields})
+
+
+def picture_line(path):
+    parts = [{"type": "image", "path": path}, {"type": "text", "text": "What?"}]
+    return json.dumps({"messages": [{"role": "user", "content": parts}, {"role": "assistant", "content": "A cat."}]})
+
+
+def write(path, *lines, end="\n"):
+    path.write_bytes(("\n".join(lines) + end).encode())
+    return path
+
+
+def test_records_are_read_in_order(tmp_path):
+    path = write(tmp_path / "rows.jsonl", line(0), line(1, id="x", source="s", kind="qa", weight=2), line(2), end="")
+    source = open_source(path)
+    assert isinstance(source, ExampleSource)
+    assert (len(source), source.name) == (3, "rows")
+    assert [source[i].messages[1].text for i in range(3)] == ["answer 0", "answer 1", "answer 2"]
+    assert (source[0].id, source[0].source) == (f"{path}:1", "rows")
+    assert (source[1].id, source[1].source, source[1].kind, source[1].weight) == ("x", "s", "qa", 2.0)
+    assert source[1].place == f"{path}:2"
+    for index in (-1, 3):
+        with pytest.raises(IndexError):
+            source[index]
+
+
+@pytest.mark.parametrize(
+    ("broken", "found"),
+    [
+        ("{", "JSON"),
+        ("5", "object"),
+        ("x" * 10, "JSON"),
+        ("[" * 100_000, "JSON"),
+        ('{"messages": [], "messages": []}', "'messages' twice"),
+        ('{"messages": []}', "an empty list but a list of turns"),
+        ('{"messages": [{"role": "user", "content": "hi"}]}', "no assistant turn"),
+        ('{"massages": []}', "Did you mean 'messages'"),
+        (line(1, wieght=2), "Did you mean 'weight'"),
+        (picture_line("../x.png"), "but a path inside"),
+        ("9" * 5000, "JSON"),
+        (r'{"messages": [{"role": "user", "content": "\ud800"}, {"role": "assistant", "content": "b"}]}', "surrogate"),
+    ],
+)
+def test_a_broken_line_is_named_when_it_is_asked_for(tmp_path, broken, found):
+    source = open_source(write(tmp_path / "rows.jsonl", line(0), broken, line(2)), format="metamorph")
+    assert source[0].messages[0].text == "question 0"
+    with pytest.raises((RecordError, MediaError), match=found) as caught:
+        source[1]
+    assert "rows.jsonl:2" in str(caught.value)
+    assert source[2].messages[0].text == "question 2"
+
+
+def test_bytes_that_are_not_text(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(b"\xef\xbb\xbf" + line(0).encode() + b"\n\xff\xfe\n5\n")  # a byte-order mark at the start can be read
+    source = open_source(path)
+    assert source[0].messages[0].text == "question 0"
+    for index in (1, 2):
+        with pytest.raises(RecordError, match=rf"rows\.jsonl:{index + 1}"):
+            source[index]
+
+
+def test_files_that_are_broken_as_a_whole_are_refused_when_they_are_opened(tmp_path):
+    (tmp_path / "empty.jsonl").write_text("")
+    (tmp_path / "blank.jsonl").write_text("\n\n")
+    (tmp_path / "wide.jsonl").write_bytes(line(0).encode("utf-16"))
+    (tmp_path / "cut.json").write_text(f"[{line(0)},\n{line(1)},\n{line(2)[:20]}")
+    for name in ("empty.jsonl", "blank.jsonl", "wide.jsonl", "cut.json", "none.jsonl"):
+        with pytest.raises(RecordError, match=name):
+            open_source(tmp_path / name)
+    assert len(open_source(tmp_path / "cut.json", whole_files=False)) >= 2  # to look at what is left
+
+
+def test_an_unknown_format_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match=r"format 'lava' but one of llava, .* is expected"):
+        open_source(write(tmp_path / "rows.jsonl", line(0)), format="lava")
+
+
+def test_a_prompt_without_answer_may_be_allowed(tmp_path):
+    path = write(tmp_path / "rows.jsonl", '{"messages": [{"role": "user", "content": "hi"}]}')
+    assert open_source(path, needs_answer=False)[0].messages == (Message.user("hi"),)
+
+
+def test_images_lie_below_the_root(tmp_path):
+    (tmp_path / "images").mkdir()
+    path = write(tmp_path / "rows.jsonl", picture_line("images/a.png"))
+    assert open_source(path)[0].messages[0].images[0].image == tmp_path / "images" / "a.png"
+    inside = open_source(path, image_root=tmp_path / "images")
+    assert inside[0].messages[0].images[0].image == tmp_path / "images" / "images" / "a.png"
+
+
+def test_written_examples_are_read_back(tmp_path):
+    Image.new("RGB", (2, 2)).save(tmp_path / "a.png")
+    examples = [
+        Example((Message.user(tmp_path / "a.png", "naïve ☃"), Message.assistant(b"drawn")), str(i), "s", "qa", 0.5) for i in range(3)
+    ]
+    write_jsonl(tmp_path / "rows.jsonl", examples)
+    source = open_source(tmp_path / "rows.jsonl")
+    assert [source[i] for i in range(3)] == examples
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def test_a_source_is_shared_by_threads_and_processes(tmp_path):
+    source = open_source(write(tmp_path / "rows.jsonl", *map(line, range(50))))
+    with ThreadPoolExecutor(4) as pool:
+        assert [e.messages[0].text for e in pool.map(source.__getitem__, range(50))] == [f"question {i}" for i in range(50)]
+    assert pickle.loads(pickle.dumps(source))[7] == source[7]  # noqa: S301  # our own bytes, as spawning does
+
+
+def test_a_recipe_names_files_with_plain_values(tmp_path):
+    rows = [json.dumps({"picture": "a.png", "ask": f"What is {i}?", "reply": str(i)}) for i in range(3)]
+    path = write(tmp_path / "rows.jsonl", *rows)
+    columns = {"image": "picture", "question": "ask", "answer": "reply"}
+    source = load_source(SourceConfig(source="metamorph.data.source.open_source", kwargs={"path": str(path), "columns": columns}))
+    assert [source[i].messages[1].text for i in range(3)] == ["0", "1", "2"]
+    assert source[1].messages[0].images[0].image == tmp_path / "a.png"
+
+
+def test_a_file_in_which_our_records_and_others_mix_is_read_by_the_looser_rule(tmp_path):
+    other = json.dumps({"messages": [{"role": "user", "content": "<image>"}, {"role": "assistant", "content": "b"}], "images": ["a.png"]})
+    source = open_source(write(tmp_path / "rows.jsonl", line(0), other))
+    assert source.settings.format == "messages"
+    assert len(source[1].messages[0].images) == 1
