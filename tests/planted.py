@@ -23,8 +23,8 @@ import numpy as np
 from PIL import Image
 
 POOL = 24
-PLANTED = 25  # the row that is spoiled, behind those by which the format is told
-ROWS = 30
+PLANTED = 9  # the row that is spoiled, among all kinds of good ones
+ROWS = 12
 _TAG = re.compile(r"(<image>|<video>)")
 
 
@@ -165,7 +165,7 @@ def _good(index: int, video: bool, several: bool) -> Row:
         return Row(f"row-{index}", [["user", f"Show {index} images in Python."], ["assistant", f"{code}\nThat is all."]])
     if kind == 6 and several:
         return Row(f"row-{index}", [["user", f"<image>\nMake it red, {index} times."], ["assistant", "<image>"]], [one, two])
-    if kind == 7 and video:
+    if index % 16 == 7 and video:
         turns = [["user", f"<video>\nWhat happens in clip {index}?"], ["assistant", "It becomes lighter."]]
         return Row(f"row-{index}", turns, None, ["clip.mp4"])
     return Row(f"row-{index}", [["user", f"这是<image>什么？（{index}）"], ["assistant", "这是一个正方形。"]], [one])

@@ -26,6 +26,11 @@ class Planted:
     whole_file: bool = False  # the place is the file, not the row
     last_row: bool = False
 
+    @property
+    def is_of_length(self) -> bool:
+        """Whether it is told from a count of tokens."""
+        return self.code in ("target-image-cut", "row-too-long")
+
     def fits(self, layout: Layout) -> bool:
         """Whether a file of this layout can have the fault."""
         return all((word[1:] != layout.name) if word.startswith("-") else word in layout.has for word in self.needs.split())

@@ -6,7 +6,7 @@ from importlib import import_module
 
 import typer
 
-SUBCOMMANDS = ("check",)
+SUBCOMMANDS = ("check", "show", "leak", "encode")
 """In the order of `--help`; `metamorph.cli.data_<name>` has a function of that name."""
 
 

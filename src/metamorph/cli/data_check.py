@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -67,10 +68,11 @@ def check(
     opened: Iterator[tuple[ExampleSource, int | None]]
     if files:
         named, root = parse_columns(columns), None if image_root is None else str(image_root)
-        opened = ((open_source(file, image_root=root, columns=named, allow_urls=allow_urls), chosen.max_length) for file in files)
+        open_file = partial(open_source, image_root=root, columns=named, allow_urls=allow_urls, whole_files=False)
+        opened = ((open_file(file), chosen.max_length) for file in files)
     else:
         assert config is not None
-        opened = ((source, max_length or limit) for source, limit in sources_of(config))
+        opened = ((source, max_length or limit) for source, limit in sources_of(config, whole_files=False))
     reports = []
     for source, limit in opened:
         with shown_progress(f"Checking {source.name}") as told:

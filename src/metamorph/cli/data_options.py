@@ -29,6 +29,8 @@ Recipe: TypeAlias = Annotated[str | None, typer.Option(help="A recipe (name or Y
 ModelDir: TypeAlias = Annotated[str | None, typer.Option("--model", help="Directory of a model whose processor counts tokens.")]
 Jobs: TypeAlias = Annotated[int | None, typer.Option(min=1, help="Processes; by default 1 for a sample, and all cores for all rows.")]
 
+_FILES = "metamorph.data.source.open_source"
+
 
 @dataclass(frozen=True)
 class Chosen:
@@ -100,8 +102,12 @@ def _data_of(config: RunConfig | None) -> list:
     return [data for data in stages if data is not None]
 
 
-def sources_of(config: RunConfig) -> Iterator[tuple[ExampleSource, int]]:
+def sources_of(config: RunConfig, *, whole_files: bool = True) -> Iterator[tuple[ExampleSource, int]]:
     """Every source of a recipe, once for each limit of length under which it is read.
+
+    Args:
+        config: the recipe's settings.
+        whole_files: refuse broken files, as training does; off to see what is wrong with them.
 
     Raises:
         MetaMorphError: one cannot be opened.
@@ -110,7 +116,8 @@ def sources_of(config: RunConfig) -> Iterator[tuple[ExampleSource, int]]:
 
     told = {(repr(source.to_dict()), data.max_length): source for data in _data_of(config) for source in data.sources}
     for (_, max_length), source in told.items():
-        yield load_source(source), max_length
+        looser = {} if whole_files or source.source != _FILES else {"kwargs": {**source.kwargs, "whole_files": False}}
+        yield load_source(source.model_copy(update=looser)), max_length
 
 
 def cores() -> int:

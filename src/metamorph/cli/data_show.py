@@ -1,0 +1,154 @@
+"""`metamorph data show`: rows exactly as a model would read them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from metamorph.cli.data_options import (
+    AllowUrls,
+    Chosen,
+    Columns,
+    ImageRoot,
+    ModelDir,
+    Recipe,
+    choose_processor,
+    load_run,
+    parse_columns,
+    sources_of,
+)
+from metamorph.cli.terminal import quiet_libraries, show_table
+from metamorph.errors import ConfigError
+from metamorph.places import check_target
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.text import Text
+
+    from metamorph.data.inspection import Run
+    from metamorph.data.mixture import ExampleSource
+    from metamorph.data.showing import View
+    from metamorph.messages import Example
+
+_PACK = 4096  # positions of a row, where nobody says how many
+_PROBLEMS = 1
+
+
+def show(
+    file: Annotated[str | None, typer.Argument(help="A file, folder or glob; without it, the first source of the recipe.")] = None,
+    number: Annotated[int, typer.Option("-n", min=1, help="Rows to show, from the first on.")] = 3,
+    row: Annotated[list[int] | None, typer.Option(min=0, help="Show this row instead, counted from 0. May be repeated.")] = None,
+    model: ModelDir = None,
+    recipe: Recipe = None,
+    html: Annotated[Path | None, typer.Option(help="Write a page with pictures, too.")] = None,
+    pack: Annotated[bool, typer.Option("--pack", help="Show how the rows would be packed.")] = False,
+    image_root: ImageRoot = None,
+    columns: Columns = None,
+    allow_urls: AllowUrls = False,
+    max_length: Annotated[int | None, typer.Option(min=2, help="Longest row, in positions; by default the recipe's or model's.")] = None,
+) -> None:
+    """Show rows as a model reads them: tokens, what is a target, images, positions. Exit code 1 if one of the rows cannot be used."""
+    if file is None and recipe is None:
+        raise ConfigError("no file but one, or --recipe, is needed (metamorph data show). Name what training would read.")
+    if html is not None:
+        check_target(html, "--html")
+    quiet_libraries()
+    from rich.console import Console
+
+    from metamorph.data.showing import look, pack_table, packed
+
+    console = Console()
+    chosen = _processor(model, recipe, max_length)
+    assert chosen.processor is not None
+    if file is not None:
+        from metamorph.data.source import open_source
+
+        root = None if image_root is None else str(image_root)
+        source: ExampleSource = open_source(file, image_root=root, columns=parse_columns(columns), allow_urls=allow_urls, whole_files=False)
+    else:
+        config = load_run(recipe)
+        assert config is not None
+        source, _ = next(sources_of(config))
+    rows = row or range(min(number, len(source)))
+    console.print(f"As the processor of {chosen.name} reads it; targets are {_legend(console)}.\n", highlight=False, markup=False)
+    views = []
+    for index in rows:
+        example = _read(source, index)
+        if example is not None:
+            views.append(look(example, chosen.processor, chosen.max_length))
+            _print(console, views[-1])
+    packs = packed(views, chosen.max_length or _PACK) if pack else []
+    if packs:
+        show_table(pack_table(packs))
+    if html is not None:
+        _write(html, source.name, views, chosen, packs)
+    if len(views) < len(rows):
+        raise typer.Exit(_PROBLEMS)
+
+
+def _processor(model: str | None, recipe: str | None, max_length: int | None) -> Chosen:
+    """The processor that was asked for; the shipped model's, where none was."""
+    from metamorph.microworld.components import shipped
+
+    if model is None and recipe is None:
+        chosen = choose_processor(str(shipped("metamorph")), None, max_length)
+        return Chosen(chosen.processor, "the shipped microworld model (--model or --recipe names another)", chosen.max_length)
+    chosen = choose_processor(model, load_run(recipe), max_length)
+    if chosen.processor is None:
+        raise ConfigError(f"no processor ({chosen.why_not}) but one is needed to show tokens ({recipe}). Fetch it first, or give --model.")
+    return chosen
+
+
+def _read(source: ExampleSource, index: int) -> Example | None:
+    """A row; its faults are told, and None given where it cannot be used."""
+    from metamorph.data.faults import Fault
+    from metamorph.data.source import FileSource
+
+    if index >= len(source):
+        raise ConfigError(f"row {index} but 0 to {len(source) - 1} exist ({source.name}). Choose another one.")
+    if not isinstance(source, FileSource):
+        return source[index]
+    faults: list[Fault] = []
+    example = source.examine(index, faults.append)
+    for fault in faults:
+        typer.echo(f"{fault.severity}: {fault}\n")
+    return example
+
+
+def _has_colour(console: Console) -> bool:
+    return console.color_system is not None and not console.no_color
+
+
+def _legend(console: Console) -> str:
+    from metamorph.data.showing import TARGET_MARKS
+
+    return "green" if _has_colour(console) else f"in {' '.join(TARGET_MARKS)}"
+
+
+def _print(console: Console, view: View) -> None:
+    console.print(f"{view.example.place}  ({view.example.kind or 'conversation'}, id {view.example.id})", style="bold", markup=False)
+    console.print(f"{view.summary}.", highlight=False, markup=False)
+    for run in view.runs:
+        console.print(_line(run, colour=_has_colour(console)), soft_wrap=True, highlight=False)
+    console.print()
+
+
+def _line(run: Run, *, colour: bool) -> Text:
+    from rich.text import Text
+
+    from metamorph.data.showing import TARGET_MARKS
+
+    begin, end = TARGET_MARKS if run.is_target and not colour else ("", "")
+    style = ("bold green" if run.is_target else "cyan" if run.kind == "visual" else "") if colour else ""
+    return Text.assemble((f"{run.start:>6}  ", "dim" if colour else ""), (f"{begin}{run.text}{end}", style))
+
+
+def _write(path: Path, name: str, views: list[View], chosen: Chosen, packs: list) -> None:
+    from metamorph.data.showing import page_of
+    from metamorph.reporting.page import write
+
+    assert chosen.processor is not None
+    page = page_of(views, name, chosen.name, chosen.processor.decode, packs)
+    typer.echo(f"{write(page, path)}: open it in a browser.")
