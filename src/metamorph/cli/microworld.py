@@ -86,6 +86,7 @@ def export(
     from metamorph.microworld.export import export as export_rows
     from metamorph.microworld.export import rows_to_export
 
+    check_target(out, "--out", directory=True)
     console = Console(stderr=True)
 
     def follow(examples: Iterable[Example]) -> Iterable[Example]:

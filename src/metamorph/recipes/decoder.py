@@ -10,7 +10,7 @@ from metamorph.training.config import DecoderConfig, RunConfig, SourceConfig, St
 
 
 def sd15_decoder() -> RunConfig:
-    """Stable Diffusion 1.5, moved from texts to visual tokens. Needs a saved MetaMorph and images as JSON lines."""
+    """Stable Diffusion 1.5, moved from texts to visual tokens. Needs a saved MetaMorph and rows that name images."""
     warmup, decline = 2_000, 12_000
     return RunConfig(
         name="sd15-decoder",
@@ -24,7 +24,7 @@ def sd15_decoder() -> RunConfig:
             batches=SourceConfig(
                 source="metamorph.training.images.image_batches",
                 kwargs={
-                    "source": "metamorph.training.assembly.jsonl_source",
+                    "source": "metamorph.data.source.open_source",
                     "kwargs": {"path": "data/images.jsonl", "needs_answer": False},
                     "image_size": 512,
                 },

@@ -17,7 +17,7 @@ def paper_learning_rate(batch_size: int) -> float:
 
 
 def metamorph_llama3_1_8b() -> RunConfig:
-    """LLaMA-3.1 8B + SigLIP SO400M: the paper's final model. Its data must be given as JSON lines, for each stage."""
+    """LLaMA-3.1 8B + SigLIP SO400M: the paper's final model. Its data must be given for each stage, in any format."""
 
     def training(batch_size: int) -> TrainingConfig:
         return TrainingConfig(
@@ -34,7 +34,7 @@ def metamorph_llama3_1_8b() -> RunConfig:
         )
 
     def one_epoch(path: str) -> DataConfig:
-        source = SourceConfig(source="metamorph.training.assembly.jsonl_source", kwargs={"path": path})
+        source = SourceConfig(source="metamorph.data.source.open_source", kwargs={"path": path})
         return DataConfig(sources=(source,), order="epoch", max_length=4096)
 
     projector, vpit = paper_stages(training(768), training(1536))
