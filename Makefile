@@ -47,7 +47,7 @@ docs: $(DEV)  ## the documentation site, in build/docs; fails on warnings
 	$(BIN)/zensical build --strict --clean
 
 benchmarks: $(DEV)  ## imports, data, waiting for data, generation: half an hour on an idle machine
-	for name in imports data data_wait generation table; do $(BIN)/python benchmarks/$$name.py || exit 1; done
+	for name in imports data data_wait loader images index packing generation table; do $(BIN)/python benchmarks/$$name.py || exit 1; done
 
 format: $(DEV)  ## rewrite the sources in the house format
 	$(BIN)/ruff check --fix $(SOURCES)

@@ -19,15 +19,16 @@ GOAL = 0.02
 STEPS = {"projector": 100, "vpit": 200}
 
 
-def shares(metrics: Path) -> list[dict]:
-    """One row per stage: seconds waited of seconds trained."""
+def shares(metrics: Path, first: int = 0) -> list[dict]:
+    """One row per stage: seconds waited of seconds trained; the first so many logged steps are left out of the share."""
     logged = [row for row in map(json.loads, metrics.read_text().splitlines()) if "data_wait_seconds" in row]
     rows = []
     for stage in dict.fromkeys(row["stage"] for row in logged):
         ours = [row for row in logged if row["stage"] == stage]
         weights = [row["step"] - before for row, before in zip(ours, [0, *(row["step"] for row in ours)], strict=False)]
         waited, trained = (
-            sum(weight * row[name] for weight, row in zip(weights, ours, strict=True)) for name in ("data_wait_seconds", "seconds")
+            sum(weight * row[name] for weight, row in list(zip(weights, ours, strict=True))[first:])
+            for name in ("data_wait_seconds", "seconds")
         )
         rows.append(
             {
@@ -37,7 +38,7 @@ def shares(metrics: Path) -> list[dict]:
                 "logged": len(ours),
                 "share_waited": rounded(waited / trained),
                 "first_wait_seconds": rounded(ours[0]["data_wait_seconds"]),
-                "seconds_per_step": rounded(trained / sum(weights)),
+                "seconds_per_step": rounded(trained / sum(weights[first:])),
             }
         )
     return rows

@@ -118,6 +118,24 @@ SECTIONS = (
         },
     ),
     Section(
+        "loader",
+        "Share of a step spent waiting for files that two worker processes read",
+        {"stage": "stage", "goal (at most)": "goal", "share": "share_waited", "seconds per step": "seconds_per_step", "steps": "steps"},
+    ),
+    Section(
+        "images",
+        "A JPEG to the encoder's pixels, against bare PIL",
+        {
+            "image": "image",
+            "goal (at least)": "goal",
+            "share of bare PIL's images per second": "share",
+            "the same in processor time": "share_cpu",
+            "bare PIL, images/s": "per_second_bare",
+            "ours, images/s": "per_second_ours",
+            "ours with scaled_jpeg, images/s": "per_second_scaled",
+        },
+    ),
+    Section(
         "imports",
         "Cold starts, seconds",
         {"what": "what", "goal (at most)": "goal", "seconds": "seconds", "without the interpreter's own": "seconds_without_python"},

@@ -9,7 +9,7 @@ from safetensors import SafetensorError
 from transformers import GenerationConfig
 
 from metamorph.errors import CheckpointError
-from metamorph.model.vision_encoder import load_vision_model
+from metamorph.model.vision_encoder import AbsentEncoder, load_vision_model
 from metamorph.places import CONFIG, check_source
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ def load_checkpoint(load: Callable[..., Any], path: str | Path, *args: Any, outp
         found = found if path is None or Path(path).is_dir() else f"no such directory, and from the hub: {found},"
         raise CheckpointError(f"{found} but a MetaMorph checkpoint was expected ({path}). {REMEDY}") from error
     _check_complete(model, sorted(report["missing_keys"]), path)
-    if model.config.vision_encoder_path is not None:
+    if model.config.vision_encoder_path is not None and not isinstance(model.vision_encoder.encoder, AbsentEncoder):
         _load_encoder(model, Path(path))
     model.vision_encoder.requires_grad_(False)  # transformers makes new parameters while it loads, and all of them train
     _load_generation_config(model, path)

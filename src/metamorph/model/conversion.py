@@ -32,7 +32,7 @@ from metamorph.model.checks import check_encoder, check_language_model, check_re
 from metamorph.model.configuration import IMAGE_END_TOKEN, IMAGE_START_TOKEN, IMAGE_TOKEN, MetaMorphConfig
 from metamorph.model.modeling import MetaMorph
 from metamorph.model.processing import MetaMorphProcessor, check_template
-from metamorph.model.vision_encoder import load_vision_model
+from metamorph.model.vision_encoder import AbsentEncoder, load_vision_model, read_vision_config
 from metamorph.places import check_source
 
 CONFIG_CHOICES = (
@@ -46,7 +46,16 @@ CONFIG_CHOICES = (
     "visual_loss",
     "visual_loss_weight",
 )
-PROCESSOR_CHOICES = ("image_size", "image_mean", "image_std", "image_resample", "max_length", "chat_template", "template_variables")
+PROCESSOR_CHOICES = (
+    "image_size",
+    "image_mean",
+    "image_std",
+    "image_resample",
+    "scaled_jpeg",
+    "max_length",
+    "chat_template",
+    "template_variables",
+)
 
 _RESAMPLE: dict[int, Resample] = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}  # PIL's numbers
 
@@ -61,10 +70,13 @@ class ImageSettings:
     image_resample: Resample
 
 
-def initialize(llm: str | Path, vision: str | Path, *, seed: int = 0, **choices: Any) -> tuple[MetaMorph, MetaMorphProcessor]:
+def initialize(
+    llm: str | Path, vision: str | Path, *, seed: int = 0, with_encoder: bool = True, **choices: Any
+) -> tuple[MetaMorph, MetaMorphProcessor]:
     """Join a causal LM and a vision encoder, both from a directory or the hub; projector and vision head are new, random by `seed`.
 
     `choices` are settings of the config (`num_visual_tokens`, `pooling`, ...) or of the processor (`image_size`, `chat_template`, ...).
+    Without `with_encoder` its weights are left out, for work on visual tokens that are ready.
 
     Raises:
         ConfigError: an unknown setting, with the nearest name; or a model that cannot be joined, such as an encoder without patches.
@@ -75,7 +87,7 @@ def initialize(llm: str | Path, vision: str | Path, *, seed: int = 0, **choices:
     _check_choices(choices)
     tokenizer, language_model = load_language_model(llm)
     check_language_model(language_model)
-    encoder = load_vision_model(vision)
+    encoder = load_vision_model(vision) if with_encoder else AbsentEncoder(read_vision_config(vision))
     ids = add_image_tokens(language_model, tokenizer)
     config = MetaMorphConfig(
         text_config=language_model.config,
@@ -92,7 +104,8 @@ def initialize(llm: str | Path, vision: str | Path, *, seed: int = 0, **choices:
     model = _assemble(config, language_model, encoder, seed)
     model.generation_config.eos_token_id = with_end_of_turn(model.generation_config.eos_token_id, end_of_turn)
     check_reading(model)
-    check_encoder(model, processor.image_size)
+    if with_encoder:
+        check_encoder(model, processor.image_size)
     return model, processor
 
 
@@ -254,7 +267,7 @@ def load(directory: str | Path, **kwargs: Any) -> tuple[MetaMorph, MetaMorphProc
     return model, processor
 
 
-def _assemble(config: MetaMorphConfig, language_model: PreTrainedModel, encoder: PreTrainedModel, seed: int) -> MetaMorph:
+def _assemble(config: MetaMorphConfig, language_model: PreTrainedModel, encoder: PreTrainedModel | AbsentEncoder, seed: int) -> MetaMorph:
     with torch.device("meta"):  # the pretrained parts take the place of these: nothing is allocated twice
         model = MetaMorph(config)
     model.language_model, model.vision_encoder.encoder = language_model, encoder.requires_grad_(False)

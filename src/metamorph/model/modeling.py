@@ -66,17 +66,19 @@ class MetaMorph(HubModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
 
-    def __init__(self, config: MetaMorphConfig) -> None:
+    def __init__(self, config: MetaMorphConfig, with_encoder: bool = True) -> None:
         super().__init__(config)
         self.language_model: PreTrainedModel = AutoModelForCausalLM.from_config(config.text_config)
         if self.language_model.config._attn_implementation == "sdpa" and self.language_model._supports_attention_backend:
             self.language_model.set_attn_implementation(PACKED_ATTENTION)  # SDPA, and documents of a pack kept apart
-        self.vision_encoder = VisionEncoder(config)
+        self.vision_encoder = VisionEncoder(config, weights=with_encoder)
         self.projector = Projector(config)
         self.vision_head = VisionHead(config)
         self.generation_config = self.language_model.generation_config
         if config.vision_encoder_path is not None:
             self._keys_to_ignore_on_load_missing = [r"^vision_encoder\."]
+        if not with_encoder:
+            self._keys_to_ignore_on_load_unexpected = [r"^vision_encoder\."]
         self.post_init()
 
     @torch.no_grad()
@@ -91,6 +93,8 @@ class MetaMorph(HubModel):
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, *args: Any, **kwargs: Any) -> "MetaMorph":  # pyright: ignore
         """Load what `save_pretrained` wrote, in float32 unless `dtype` says otherwise; never from pickle.
+
+        `with_encoder=False` leaves the vision encoder out, for work on visual tokens that are ready.
 
         Raises:
             CheckpointError: files are missing, broken or of another shape, or the special tokens are absent.
@@ -121,7 +125,7 @@ class MetaMorph(HubModel):
 
     def encode_images(self, pixel_values: Float[Tensor, "n 3 h w"]) -> Float[Tensor, "n k v"]:
         """Visual tokens of images, float32, without gradient. Pixels may lie anywhere; the tokens come where the encoder is."""
-        device = next(self.vision_encoder.parameters()).device
+        device = next((parameter.device for parameter in self.vision_encoder.parameters()), pixel_values.device)
         return self.vision_encoder(pixel_values if device.type == "meta" else pixel_values.to(device))  # meta: weights that are offloaded
 
     def project(self, visual_tokens: Float[Tensor, "... v"]) -> Float[Tensor, "... d"]:

@@ -5,6 +5,7 @@ Axes: n images, k visual tokens per image, v vision width, p patches of the enco
 
 import hashlib
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +21,28 @@ from metamorph.model.configuration import MetaMorphConfig
 from metamorph.places import check_source
 
 MIN_NORM = 1e-12
+TOKEN_SETTINGS = ("num_visual_tokens", "vision_feature_layer", "vision_post_layernorm", "pooling", "normalize_visual_tokens")
+"""Fields of the config that say what is taken from the encoder."""
+
+
+class AbsentEncoder(nn.Module):
+    """Stands where the encoder was left out: training on visual tokens that are ready needs no weights of it."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        self.config = config
 
 
 class VisionEncoder(nn.Module):
     """A frozen Hugging Face vision encoder and the steps from its states to visual tokens.
 
+    Without `weights` it only says what a visual token is, and refuses to make one.
+
     Raises:
         ConfigError: the encoder has no grid of patches.
     """
 
-    def __init__(self, config: MetaMorphConfig) -> None:
+    def __init__(self, config: MetaMorphConfig, *, weights: bool = True) -> None:
         super().__init__()
         self.config = config
         if missing := [name for name in ("patch_size", "hidden_size") if getattr(config.vision_config, name, None) is None]:
@@ -37,8 +50,8 @@ class VisionEncoder(nn.Module):
                 f"no {' and no '.join(missing)} in {type(config.vision_config).__name__} but an encoder with patches was expected "
                 "(vision encoder). Use a vision transformer such as SigLIP, CLIP or DINOv2."
             )
-        self.encoder: PreTrainedModel = AutoModel.from_config(config.vision_config)
-        self.encoder.requires_grad_(False)
+        encoder: Any = AutoModel.from_config(config.vision_config) if weights else AbsentEncoder(config.vision_config)
+        self.encoder: PreTrainedModel = encoder.requires_grad_(False)
 
     def train(self, mode: bool = True) -> "VisionEncoder":
         """Stay in evaluation mode: the encoder is frozen."""
@@ -56,7 +69,11 @@ class VisionEncoder(nn.Module):
 
         Raises:
             AlignmentError: the encoder returns fewer states than the image has patches.
+            ConfigError: the encoder was left out.
         """
+        if isinstance(self.encoder, AbsentEncoder):
+            found = f"{len(pixel_values)} images as pixels but the vision encoder was left out"
+            raise ConfigError(f"{found} (VisionEncoder). Load the model whole, or give visual tokens.")
         rows, columns = (side // self.patch_size for side in pixel_values.shape[-2:])
         with torch.autocast(pixel_values.device.type, enabled=False):  # what a visual token is does not depend on how training computes
             states = self._states(pixel_values, rows, columns)
@@ -76,20 +93,12 @@ class VisionEncoder(nn.Module):
             maps = F.interpolate(maps, size=(side, side), mode="bilinear", align_corners=False, antialias=False)
         else:
             maps = F.adaptive_avg_pool2d(maps, (side, side))
-        tokens = maps.flatten(2).transpose(1, 2)
+        tokens = maps.flatten(2).transpose(1, 2).contiguous()  # products round alike whether tokens come from here or from a store
         return F.normalize(tokens, dim=-1, eps=MIN_NORM) if self.config.normalize_visual_tokens else tokens
 
     def fingerprint(self) -> str:
         """Hash of the encoder (config and weights) and of the visual-token settings: caches are valid only under the same one."""
-        unrelated = ("_name_or_path", "transformers_version", "dtype", "architectures", "torch_dtype")
-        encoder = {key: value for key, value in self.encoder.config.to_dict().items() if key not in unrelated}
-        names = ("num_visual_tokens", "vision_feature_layer", "vision_post_layernorm", "pooling", "normalize_visual_tokens")
-        settings: dict[str, Any] = {"encoder": encoder, **{name: getattr(self.config, name) for name in names}}
-        digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
-        for name, value in sorted(self.encoder.state_dict().items()):  # two encoders of one shape differ in their weights
-            digest.update(name.encode())
-            digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-        return digest.hexdigest()[:16]
+        return fingerprint(self.config, self.encoder.config, sorted(self.encoder.state_dict().items()))
 
     def _states(self, pixel_values: Float[Tensor, "n 3 h w"], rows: int, columns: int) -> Float[Tensor, "n p v"]:
         pixels = pixel_values.to(self.encoder.dtype)
@@ -113,12 +122,44 @@ class VisionEncoder(nn.Module):
         )
 
 
+def fingerprint(config: MetaMorphConfig, encoder: Any, tensors: Iterable[tuple[str, Tensor]]) -> str:
+    """Hash of an encoder by its config and weights (given in the order of their names), and of what is taken from it.
+
+    Weights count by value, whether they are kept in 16 bits or in 32.
+    """
+    unrelated = ("_name_or_path", "transformers_version", "dtype", "architectures", "torch_dtype")
+    described = {key: value for key, value in encoder.to_dict().items() if key not in unrelated}
+    settings: dict[str, Any] = {"encoder": described, **{name: getattr(config, name) for name in sorted(TOKEN_SETTINGS)}}
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
+    for name, value in tensors:  # encoders of one shape differ in their weights
+        digest.update(name.encode())
+        values = value.detach().float() if value.is_floating_point() else value.detach()
+        digest.update(values.cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()[:16]
+
+
 def flat_patches(images: Float[Tensor, "n 3 h w"], patch: int) -> Float[Tensor, "n p values"]:
     """Cut images into patches, raster order, each flattened as height, width, channel; pixels beyond the last whole patch are left out."""
     rows, columns = (side // patch for side in images.shape[-2:])
     images = images[..., : rows * patch, : columns * patch]
     blocks = images.unflatten(3, (-1, patch)).unflatten(2, (-1, patch))  # n 3 rows patch columns patch
     return blocks.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
+
+
+def read_vision_config(path: str | Path) -> Any:
+    """The config of the vision tower of a checkpoint, of one tower or two, without any weights.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    check_source(path, "a vision encoder in safetensors")
+    try:
+        config = AutoConfig.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{error} but a vision encoder was expected ({path}). Give the directory of a complete checkpoint."
+        ) from error
+    return getattr(config, "vision_config", config)
 
 
 def load_vision_model(path: str | Path) -> PreTrainedModel:

@@ -6,19 +6,15 @@ Axes: m images given as pixels, n images, k visual tokens per image, v vision wi
 from __future__ import annotations
 
 import hashlib
-import json
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from jaxtyping import Float
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from metamorph.batch import Batch, TokenSequence
 from metamorph.errors import ConfigError
@@ -27,34 +23,24 @@ from metamorph.messages import Example
 Readable = TypeVar("Readable", TokenSequence, Batch)
 
 
-def encoder_fingerprint(encoder: nn.Module, settings: Any) -> str:
-    """Identifies an encoder: its weights, and the settings (JSON values) that say what is taken from it."""
-    digest = hashlib.blake2b(json.dumps(settings, sort_keys=True, default=str).encode(), digest_size=16)
-    for name, value in sorted(encoder.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
-
-
 class EncoderCache:
-    """Pixels -> visual tokens through memory (the most recently used `capacity` images), then disk, then the encoder.
+    """Pixels -> visual tokens through memory (the most recently used `capacity` images), then the encoder.
+
+    What is to outlive the process is encoded beforehand: `metamorph.data.token_store`.
 
     Args:
         encode: the frozen encoder, "m 3 h w" -> "m k v".
-        fingerprint: of the encoder; results of another one on disk are never used.
         capacity: images to keep in memory.
-        directory: where to keep results as well; None = nowhere. Several processes may share it.
 
     Raises:
         ConfigError: it could keep nothing.
     """
 
-    def __init__(self, encode: Callable[[Tensor], Tensor], fingerprint: str, *, capacity: int, directory: Path | None = None) -> None:
-        if capacity < 1 and directory is None:
-            raise ConfigError(f"capacity {capacity} and no directory but at least one image must be kept (encoder cache). Raise it.")
+    def __init__(self, encode: Callable[[Tensor], Tensor], capacity: int) -> None:
+        if capacity < 1:
+            raise ConfigError(f"capacity {capacity} but at least one image must be kept (encoder cache). Raise it.")
         self.hits = self.misses = 0
-        self._encode, self._fingerprint, self._capacity = encode, fingerprint, capacity
-        self._directory = None if directory is None else directory / fingerprint
+        self._encode, self._capacity = encode, capacity
         self._memory: OrderedDict[str, Tensor] = OrderedDict()
         self._lock = threading.Lock()  # streams encode in a thread of their own
 
@@ -69,36 +55,19 @@ class EncoderCache:
                 encoded = self._encode(pixel_values[list(unknown.values())]).float().cpu()
                 for key, tokens in zip(unknown, encoded, strict=True):
                     found[key] = tokens.clone(memory_format=torch.contiguous_format)
-                    self._store(key, found[key])
+                    self._remember(key, found[key])
         return torch.stack([found[key] for key in keys])
 
     def _look_up(self, key: str) -> Tensor | None:
-        if key in self._memory:
-            self._memory.move_to_end(key)
-            return self._memory[key]
-        try:
-            tokens = load_file(self._path(key))["tokens"] if self._directory is not None else None
-        except (OSError, SafetensorError, KeyError):  # absent, or cut short by a crash: encoded again
+        if key not in self._memory:
             return None
-        if tokens is not None:
-            self._remember(key, tokens)
-        return tokens
-
-    def _store(self, key: str, tokens: Tensor) -> None:
-        self._remember(key, tokens)
-        if self._directory is not None:
-            path = self._path(key)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            save_file({"tokens": tokens}, path)
+        self._memory.move_to_end(key)
+        return self._memory[key]
 
     def _remember(self, key: str, tokens: Tensor) -> None:
         self._memory[key] = tokens
         while len(self._memory) > self._capacity:
             self._memory.popitem(last=False)
-
-    def _path(self, key: str) -> Path:
-        assert self._directory is not None
-        return self._directory / key[:2] / f"{key}.safetensors"
 
 
 def use_visual_tokens(readable: Readable, cache: EncoderCache) -> Readable:

@@ -28,6 +28,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 
 from metamorph.errors import ConfigError
 from metamorph.model.card import build_card, write_card
+from metamorph.model.vision_encoder import AbsentEncoder
 from metamorph.places import check_target
 from metamorph.training.assembly import (
     build_cache,
@@ -43,6 +44,7 @@ from metamorph.training.assembly import (
 from metamorph.training.checkpoint import list_checkpoints, read_details
 from metamorph.training.config import RunConfig, StageConfig
 from metamorph.training.device import pick_device, processes, rank, world_size
+from metamorph.training.encoding import encoder_of
 from metamorph.training.loop import TrainResult, train
 from metamorph.training.publication import facts_of_run
 from metamorph.training.stages import REPLICATED, select_trainable
@@ -113,16 +115,16 @@ def _run_model(config, results, train_stage, evaluators, on_stage, tracker) -> N
     start = None
     for number, stage in enumerate(config.stages):
         # A fresh model each time: which parameters train is fixed once they are split over processes.
-        model, processor = build_model(config.model, config.stages[0].training.seed)
+        data = stage.data or config.data
+        model, processor = build_model(config.model, config.stages[0].training.seed, with_encoder=data.encoded is None)
         if number == 0 and on_stage is not None:
             on_stage("start", model.eval(), processor)
         if number == 0:
             _try_card(model, config)
         select_trainable(model, stage.train, stage.freeze)
-        data = stage.data or config.data
         mixture = build_mixture(data, stage.training.seed, build_encoder(data, processor))
         training = resolve_steps(stage.training, mixture)
-        cache = build_cache(data, model)
+        cache = build_cache(data, model, config.model)
         stream = build_stream(data, training, mixture, processor, cache, run_dir=config.run_dir, stage=stage.name)
         bound = {name: partial(_evaluate, evaluator, processor) for name, evaluator in evaluators.items()}
         try:
@@ -191,6 +193,10 @@ def _evaluate(evaluator: RunEvaluator, companion: Any, model: nn.Module, step: i
 def _save_model(model: Any, processor: Any, config: RunConfig, results: Mapping[str, TrainResult]) -> None:
     directory, whole = config.run_dir / "model", _whole_state(model)
     if rank() == 0:
+        if isinstance(model.vision_encoder.encoder, AbsentEncoder):  # it was not needed to train; a saved model is whole
+            assert config.model is not None
+            model.vision_encoder = encoder_of(config.model).load()
+            whole |= {f"vision_encoder.{name}": value for name, value in model.vision_encoder.state_dict().items()}
         model.eval()
         model.save_pretrained(directory, state_dict=whole) if world_size() > 1 else model.save_pretrained(directory)
         processor.save_pretrained(directory)
