@@ -5,8 +5,8 @@
 Files of LLaVA's layout are written into a temporary folder (4 GB for 8 million rows, in the system's cache when they are read). Each
 figure is from fresh processes: one that scans the file, one that opens it with the index in place, notes its memory, reads rows at random
 and notes its memory again. "Own memory" is what the process cannot share (RssAnon); "with mapped pages" adds those of the index that it
-touched, which all processes share (VmRSS). What is said of 16 million rows is not measured: seconds and bytes of a scan are drawn out
-along a line through the two sizes that are; the others are those of the larger size.
+touched, which all processes share (VmRSS). What is said of 16 million rows is not measured: seconds and bytes of a scan and mapped pages
+are drawn out along a line through the two sizes that are; the others are those of the larger size.
 """
 
 from __future__ import annotations
@@ -121,7 +121,7 @@ def row_of(path: Path, number: int, repeats: int, reads: int) -> dict[str, Any]:
 def drawn_out(small: dict[str, Any], large: dict[str, Any], number: int) -> dict[str, Any]:
     """The figures of more rows: what grows with them along a line, the rest as it is."""
     share = (number - small["rows"]) / (large["rows"] - small["rows"])
-    lines = {key: small[key] + share * (large[key] - small[key]) for key in ("file_mb", "index_mb", "build_seconds")}
+    lines = {key: small[key] + share * (large[key] - small[key]) for key in ("file_mb", "index_mb", "build_seconds", "rss_after_mib")}
     speed = lines["file_mb"] / lines["build_seconds"]
     found = {key: rounded(value) for key, value in {**lines, "build_mb_per_second": speed}.items()}
     return {**large, "rows": number, "measured": "extrapolated", **found}
