@@ -146,9 +146,9 @@ def test_wide_encodings_are_refused_with_the_command_that_helps(text, encoding, 
 def test_long_lines_are_refused_unread(tmp_path):
     path = write(tmp_path / "rows.jsonl", '{"n": 0}\n{"n": "' + "x" * 100 + '"}\n')
     fault = JsonLines(path, max_line_bytes=50).row_or_fault(1)
-    assert (fault.code, "at most 50" in fault.expected) == ("row-too-long", True)
+    assert (fault.code, "at most 50" in fault.expected) == ("row-too-large", True)
     array = write(tmp_path / "rows.json", '[{"n": "' + "x" * 100 + '"}, {}]')
-    assert JsonArray(array, max_row_bytes=50).row_or_fault(0).code == "row-too-long"
+    assert JsonArray(array, max_row_bytes=50).row_or_fault(0).code == "row-too-large"
 
 
 @pytest.mark.parametrize(
@@ -326,6 +326,14 @@ def test_samples_of_a_tar_are_read_where_they_lie(tmp_path):
     assert len(rows) == 6
     assert not list(rows.faults())
     assert pickle.loads(pickle.dumps(rows))[0] == rows[0]  # noqa: S301
+
+
+def test_paths_from_before_packing_give_way_to_the_pictures_in_the_tar(tmp_path):
+    table = {"image": ["coco/1.png", "coco/2.png"], "conversations": []}
+    members = [("a.json", json.dumps(table).encode()), ("a.0.png", b"first"), ("a.1.png", b"second")]
+    row = open_rows(write_tar(tmp_path / "a.tar", members))[0]
+    assert [image["bytes"] for image in row.values["images"]] == [b"first", b"second"]
+    assert "image" not in row.values
 
 
 def test_orphans_of_a_tar_are_named(tmp_path):

@@ -257,7 +257,7 @@ def no_rows(path: Path, expected: str) -> Fault:
 def too_long(found: int, allowed: int, place: str) -> Fault:
     """A row that is refused unread."""
     remedy = "Keep images in files of their own; look for a missing line end or quote."
-    return Fault("row-too-long", place, "", f"a row of {found} bytes", f"at most {allowed} are read", remedy)
+    return Fault("row-too-large", place, "", f"a row of {found} bytes", f"at most {allowed} are read", remedy)
 
 
 def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -161,6 +161,8 @@ def _assemble(members: list[Member], contents: list[bytes], place: str) -> RawRo
             values[stem or "video"] = {"bytes": data, "path": member.name}
         else:
             values[member.ending] = data
+    if images:  # paths that the text may still name are those from before the tar was packed
+        values = {name: value for name, value in values.items() if name not in ("image", "images")}
     if len(images) == 1:
         values["image"] = next(iter(images.values()))
     elif images:

@@ -193,9 +193,7 @@ class DataConfig(Section):
             found = f"batch_unit='rows', pack={self.pack}, group_by_length={self.group_by_length}"
             raise ValueError(f"{found} but packed rows need pack: true and are not grouped")
         if self.encoded is not None and self.cached_images:
-            raise ValueError(
-                f"encoded={self.encoded!r} and cached_images={self.cached_images} but encoded data need no cache: use one"
-            )
+            raise ValueError(f"encoded={self.encoded!r} and cached_images={self.cached_images} but encoded data need no cache: use one")
         return self
 
 
