@@ -228,7 +228,7 @@ class ShardWriter:
 class KeySet:
     """Keys by the million, 16 bytes each, with those added last in a set of their own."""
 
-    def __init__(self, keys: Iterable[UInt8[np.ndarray, "n 16"]] = ()) -> None:
+    def __init__(self, keys: Iterable[UInt8[np.ndarray, "_ 16"]] = ()) -> None:
         self._high, self._low = _sorted_halves(list(keys))[:2]
         self._recent: set[bytes] = set()
 
@@ -278,7 +278,7 @@ def prepare_store(directory: Path, spec: TokenSpec, dtype: StoreType) -> None:
             shard.unlink()
 
 
-def stored_keys(directory: Path) -> list[UInt8[np.ndarray, "n 16"]]:
+def stored_keys(directory: Path) -> list[UInt8[np.ndarray, "_ 16"]]:
     """The keys of every shard."""
     return [np.asarray(_layout(shard).map()["keys"]) for shard in shard_files(directory)]
 
