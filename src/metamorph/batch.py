@@ -118,7 +118,7 @@ class Batch:
         not_inputs = ("target_counts", "ids", "sources")
         return {name: value for name, value in vars(self).items() if name not in not_inputs}
 
-    def documents_of_targets(self) -> dict[str, Int64[Tensor, " q"]]:
+    def documents_of_targets(self) -> dict[str, Int64[Tensor, " _"]]:
         """For each kind, which document (by its number in `ids` and `sources`) each target belongs to, in the order of the losses."""
         lengths = self.document_lengths if self.document_lengths is not None else [(self.input_ids.shape[1],)] * len(self)
         documents = torch.zeros_like(self.input_ids)

@@ -90,7 +90,7 @@ class StepPart:
     sums: Float[Tensor, " kinds"]
     counts: Float[Tensor, " kinds"]
     scales: list[float]
-    per_target: dict[str, Float[Tensor, " q"] | None]
+    per_target: dict[str, Float[Tensor, " _"] | None]
 
 
 class Engine(nn.Module):
