@@ -252,11 +252,11 @@ def test_a_folder_of_images_with_captions(name, columns, tmp_path):
 
 
 def test_captions_in_folders_below_are_relative_to_themselves(tmp_path):
-    for split in ("test", "train"):
-        write(tmp_path / split / "metadata.csv", f"file_name,text\n{split}.jpg,of {split}\n")
-        (tmp_path / split / f"{split}.jpg").write_bytes(JPEG)
+    for folder in ("cats", "dogs"):
+        write(tmp_path / folder / "metadata.csv", f"file_name,text\n{folder}.jpg,of {folder}\n")
+        (tmp_path / folder / f"{folder}.jpg").write_bytes(JPEG)
     rows = open_rows(tmp_path)
-    assert [row.values["image"] for row in rows] == ["test/test.jpg", "train/train.jpg"]
+    assert [row.values["image"] for row in rows] == ["cats/cats.jpg", "dogs/dogs.jpg"]
     assert all((rows.root / row.values["image"]).is_file() for row in rows)
     assert not list(rows.faults())
 
@@ -334,6 +334,31 @@ def test_paths_from_before_packing_give_way_to_the_pictures_in_the_tar(tmp_path)
     row = open_rows(write_tar(tmp_path / "a.tar", members))[0]
     assert [image["bytes"] for image in row.values["images"]] == [b"first", b"second"]
     assert "image" not in row.values
+
+
+def test_pictures_of_a_tar_come_in_the_order_of_its_record(tmp_path):
+    members = [("1.json", b'{"image": ["x/second.png", "first.png"]}'), ("1.first.png", b"1"), ("1.second.png", b"2")]
+    row = open_rows(write_tar(tmp_path / "a.tar", members))[0]
+    assert [image["bytes"] for image in row.values["images"]] == [b"2", b"1"]
+    members[0] = ("1.json", b'{"image": ["third.png", "first.png"]}')
+    fault = open_rows(write_tar(tmp_path / "b.tar", members)).row_or_fault(0)
+    assert (fault.code, fault.found) == ("orphan", "'third.png' named beside 'first.png'")
+
+
+def test_a_folder_of_several_splits_is_not_one_source(tmp_path):
+    write(tmp_path / "train-0001.jsonl", '{"n": 0}\n')
+    write(tmp_path / "trainable.jsonl", '{"n": 1}\n')
+    assert len(open_rows(tmp_path)) == 2
+    write(tmp_path / "test.jsonl", '{"n": 2}\n')
+    with pytest.raises(RecordError, match=r"splits test, train .*Name it: .*\*"):
+        open_rows(tmp_path)
+    assert len(open_rows(f"{tmp_path}/train*")) == 2
+
+
+def test_images_with_capital_letters_are_named_by_their_rows(tmp_path):
+    (tmp_path / "IMG_1.JPG").write_bytes(JPEG)
+    write(tmp_path / "metadata.csv", "file_name,text\nIMG_1.JPG,one\n")
+    assert not list(open_rows(tmp_path).faults())
 
 
 def test_orphans_of_a_tar_are_named(tmp_path):

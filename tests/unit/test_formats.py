@@ -227,6 +227,31 @@ def test_a_typo_in_our_own_records_is_no_default():
     assert "'weight'" in found[0].remedy
 
 
+def test_rows_of_another_publisher_are_not_held_to_our_fields():
+    settings = RecordSettings(Roots(ROOT), format="metamorph")  # as told from the first rows, which were plain text
+    example = read(settings, messages=said("<image>\nWhat?", "A cat."), images=["a.png"], category="animals")
+    assert example.messages[0].parts == (A, TextPart("What?"))
+
+
+def test_a_tag_in_a_question_is_the_place_of_its_image():
+    assert read(image="a.png", question="<image>\nWhat?", answer="A cat.").messages[0].parts == (A, TextPart("What?"))
+    assert read(image="a.png", question="Draw it.", answer="Here:\n<image>").messages[1].parts == (TextPart("Here:"), A)
+    assert faults(image="a.png", question="<image> and <image>?", answer="b") == [("too-few-media", "image")]
+    assert faults(image="a.png", caption="<image> a bus") == [("tag-literal", "caption")]
+
+
+def test_a_pair_is_asked_for_in_the_same_words_wherever_its_file_lies():
+    row = {"image": "a.png", "caption": "a red bus"}
+    here, there = (to_example(RawRow(row, place), SETTINGS) for place in ("here/rows.jsonl:7", "there/rows.jsonl:9"))
+    assert here.messages == there.messages
+
+
+@pytest.mark.parametrize("url", ["https://x.org/v.mp4", "s3://bucket/v.mp4", "file:///v.mp4"])
+def test_a_video_that_is_named_by_a_url_is_no_missing_file(url):
+    assert faults(video=url, conversations=[human("<video>"), gpt("b")]) == [("video-url", "video")]
+    assert faults(image=url, conversations=[human("<image>"), gpt("b")]) == [("image-url", "image")]
+
+
 def test_reading_raises_what_a_check_collects():
     with pytest.raises(RecordError, match=r"null but text is needed \(rows.jsonl:7, conversations\[1\].value\). Fill it"):
         read(conversations=[human("a"), gpt(None)])

@@ -56,6 +56,10 @@ def check(
     """Check data before training: exit code 0 if nothing is wrong, 1 if there are problems, 2 if the input is refused."""
     if not files and recipe is None:
         raise ConfigError("no files but some, or --recipe, are needed (metamorph data check). Name what training would read.")
+    if not files and (image_root is not None or columns or allow_urls):
+        raise ConfigError(
+            "--image-root, --columns or --allow-urls but no files (metamorph data check). A recipe says how it reads its own."
+        )
     if json_file is not None and str(json_file) != _STDOUT:
         check_target(json_file, "--json")
     quiet_libraries()
@@ -74,7 +78,7 @@ def check(
         assert config is not None
         opened = ((source, max_length or limit) for source, limit in sources_of(config, whole_files=False))
     reports = []
-    for source, limit in opened:
+    for source, limit in list(opened):  # all are opened first: a name that is wrong costs no finished report
         with shown_progress(f"Checking {source.name}") as told:
             workers = jobs or (cores() if every else 1)
             reports.append(check_source(source, _settings(chosen, limit), sample=None if every else sample, jobs=workers, told=told))

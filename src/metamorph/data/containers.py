@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import glob
 import os
+import re
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from itertools import accumulate, groupby
@@ -50,6 +51,7 @@ _SUFFIXES: dict[str, str] = {
     ".tsv": "text",
 }
 _LISTED = 5
+_SPLIT = re.compile(r"(train|training|val|valid|validation|dev|test|testing)(?![A-Za-z])", re.IGNORECASE)
 
 
 def open_rows(
@@ -213,7 +215,26 @@ def _files_of(folder: Path) -> list[Path]:
         what = "images without a captions file" if has_images else "no file of records"
         remedy = "Add metadata.csv with the columns file_name and text." if has_images else "Name a folder that holds some."
         raise RecordError(f"{what} but JSON, JSON lines, CSV, Parquet or tars are needed ({folder}). {remedy}")
+    _refuse_splits(shards, folder)
     return shards
+
+
+def _refuse_splits(shards: Sequence[Path], folder: Path) -> None:
+    """A folder that holds what is for training beside what is for tests is not one source.
+
+    Raises:
+        RecordError: files, or the folders in which they lie, are named for different splits.
+    """
+    found: dict[str, Path] = {}
+    for file in shards:
+        for part in file.relative_to(folder).parts:
+            if match := _SPLIT.match(part):
+                found.setdefault(match.group(1).lower(), file)
+                break
+    if len(found) > 1:
+        names = ", ".join(str(file.relative_to(folder)) for file in list(found.values())[:_LISTED])
+        example = next(iter(found))
+        raise RecordError(f"splits {', '.join(sorted(found))} ({names}) but one is expected ({folder}). Name it: {folder}/{example}*.")
 
 
 def _is_ours(name: str) -> bool:
@@ -223,8 +244,9 @@ def _is_ours(name: str) -> bool:
 
 def _refuse_repeats(found: Sequence[_Found]) -> None:
     names = [file.resolve() for file, _ in found]
-    if repeated := [file for file, name in zip(names, names, strict=True) if names.count(name) > 1][:1]:
-        raise RecordError(f"{repeated[0]} twice but each file is read once ({len(names)} files). Check patterns that overlap.")
+    seen: set[Path] = set()
+    if repeated := next((name for name in names if name in seen or seen.add(name)), None):
+        raise RecordError(f"{repeated} twice but each file is read once ({len(names)} files). Check patterns that overlap.")
 
 
 def _open(

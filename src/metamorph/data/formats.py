@@ -86,9 +86,10 @@ def draft_of(raw: RawRow, kind: Format | None, teller: Teller) -> Draft | None:
     if (needed := _NEEDED.get(chosen)) is not None and needed not in raw.values:
         _tell_missing(needed, raw.values, teller)
         return None
-    if chosen == "metamorph" and (unknown := sorted(map(str, set(raw.values) - _STRICT))):
-        found, remedy = f"unknown field {unknown[0]!r}", _nearest(unknown[0], _STRICT) or "Rename or drop it."
-        teller.fault("field-unknown", unknown[0], found, f"only {', '.join(sorted(_STRICT))} are known", remedy)
+    if chosen == "metamorph":  # other fields may be another's data; one that is nearly ours is a typo
+        for name in sorted(map(str, set(raw.values) - _STRICT)):
+            if remedy := _nearest(name, _STRICT):
+                teller.fault("field-unknown", name, f"unknown field {name!r}", f"only {', '.join(sorted(_STRICT))} are known", remedy)
     draft = _READERS[chosen](raw.values, teller)
     if draft is not None:
         _read_header(draft, raw, teller)
@@ -285,15 +286,17 @@ def _refs(values: Mapping[str, Any], kind: MediaKind, field: str, teller: Teller
 
 def _qa(values: Mapping[str, Any], teller: Teller) -> Draft | None:
     """A question about an image, or about none, and its answer."""
-    media = [ref for kind in ("image", "video") for ref in _refs(values, kind, _field_of(values, kind), teller)]
-    said: list[Turn] = []
+    fields = {kind: _field_of(values, kind) for kind in ("image", "video")}
+    images, videos = (_refs(values, kind, fields[kind], teller) for kind in ("image", "video"))
+    queue = MediaQueue(images, videos)
     asked: tuple[tuple[Role, str], ...] = (("user", "question"), ("assistant", "answer"))
-    for role, name in asked:
-        text = text_of(values.get(name), role, name, teller)
-        if text is not None:
-            check_markers(text, name, teller)
-            said.append(Turn(role, (*(media if role == "user" else ()), text), name))
-    return Draft(said) if len(said) == 2 else None
+    tagged = any(TAG.search(text) for _, name in asked if isinstance(text := values.get(name), str))
+    said = [(role, name, _pieces(values.get(name), role, name, queue, teller)) for role, name in asked]
+    if tagged:
+        queue.check(fields, teller)
+    shown = () if tagged else (*images, *videos)  # without a tag, media come before the question
+    turns = [Turn(role, (*(shown if role == "user" else ()), *pieces), name) for role, name, pieces in said if pieces is not None]
+    return Draft(turns) if len(turns) == 2 else None
 
 
 def _pairs(values: Mapping[str, Any], teller: Teller) -> Draft | None:
@@ -309,6 +312,9 @@ def _pairs(values: Mapping[str, Any], teller: Teller) -> Draft | None:
     if text is None:
         return None
     check_markers(text, name, teller)
+    if tag := TAG.search(text):
+        found, expected = f"{tag.group()} in a caption", "words alone are expected (here it is read as text)"
+        teller.fault("tag-literal", name, found, expected, "Remove it.", warning=True)
     return Draft([Turn("user", (text,), name), Turn("assistant", (refs[0],), field)], is_pair=True)
 
 

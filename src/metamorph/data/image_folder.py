@@ -136,7 +136,9 @@ class CaptionedImages(FaultyRows):
         if len(self) > _COMPARED:  # all rows would have to be read, whenever the folder is opened
             return
         named = {
-            os.path.normpath(str(row.values.get("image"))) for row in map(self.row_or_fault, range(len(self))) if isinstance(row, RawRow)
+            os.path.normpath(str(row.values.get("image"))).casefold()
+            for row in map(self.row_or_fault, range(len(self)))
+            if isinstance(row, RawRow)
         }
         base = self.root if self._below is not None else self.folder
         there = (os.path.relpath(os.path.join(place, name), base) for place, _, names in os.walk(self.folder) for name in sorted(names))

@@ -126,6 +126,10 @@ def _part(ref: MediaRef, settings: RecordSettings, teller: Teller) -> Part | Non
         if not isinstance(written, (str, Path)):
             teller.fault("video-type", ref.field, f"{type(value).__name__}", "a path or a list of frames is needed", "Write its path.")
             return None
+        if "://" in str(written) or str(written).startswith("data:"):
+            found, remedy = f"the URL {written!s:.60}", "Fetch it first: videos are read from local files only."
+            teller.fault("video-url", ref.field, found, "a local file is needed", remedy)
+            return None
         stored = path_of(str(written), ref, settings.roots, teller)
         if stored is None:
             return None
@@ -172,10 +176,15 @@ def _finish(draft: Draft, messages: tuple[Message, ...], place: str, settings: R
 
 
 def _requested(example: Example, seed: int) -> Example:
-    """A pair of caption and image in the words of a request and its reply, chosen by the row's id."""
+    """A pair of caption and image in the words of a request and its reply, chosen by its source, id and caption.
+
+    A row without an id is called by its place, which says where the file lies, not what it is.
+    """
     from metamorph.data.kinds import Generation, generation
 
-    digest = hashlib.blake2b(f"{seed}:{example.source}:{example.id}".encode(), digest_size=8).digest()
+    own_id = "" if example.id == example.origin else example.id
+    said = f"{seed}:{example.source}:{own_id}:{example.messages[0].text}"
+    digest = hashlib.blake2b(said.encode(), digest_size=8).digest()
     rng = np.random.default_rng(int.from_bytes(digest, "little"))
     image = example.messages[1].images[0].image
     assert image is not None

@@ -21,7 +21,7 @@ from metamorph.messages import ImagePart, ImageSource, image_from_json, resolve_
 
 _WINDOWS = re.compile(r"^[A-Za-z]:[\\/]|^\\\\")
 _DATA_URL = re.compile(r"^data:(?:image/[\w.+-]+)?(?:;[\w=-]+)*;base64,", re.IGNORECASE)
-_URL = re.compile(r"^(https?|ftp|s3|gs|hf)://", re.IGNORECASE)
+_URL = re.compile(r"^([a-z][a-z0-9+.-]+)://", re.IGNORECASE)
 
 Fetch: TypeAlias = Callable[[str], bytes]
 

@@ -112,7 +112,7 @@ def open_source(
     rows = open_rows(path, image_root=None if image_root is None else Path(image_root), name=name)
     if whole_files:
         refuse_broken_files(rows)
-    roots = Roots(rows.root, _fetch() if allow_urls else None)
+    roots = Roots(rows.root if image_root is None else Path(image_root), _fetch() if allow_urls else None)
     settings = RecordSettings(
         roots=roots,
         source=name,

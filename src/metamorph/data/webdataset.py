@@ -161,15 +161,39 @@ def _assemble(members: list[Member], contents: list[bytes], place: str) -> RawRo
             values[stem or "video"] = {"bytes": data, "path": member.name}
         else:
             values[member.ending] = data
-    if images:  # paths that the text may still name are those from before the tar was packed
-        values = {name: value for name, value in values.items() if name not in ("image", "images")}
-    if len(images) == 1:
-        values["image"] = next(iter(images.values()))
-    elif images:
-        values["images"] = [images[ending] for ending in sorted(images, key=_natural)]
+    listed = [one for name in ("image", "images") if images for one in _as_list(values.pop(name, None))]
+    ordered = _ordered(listed, images, place)
+    if isinstance(ordered, Fault):
+        return ordered
+    if len(ordered) == 1:
+        values["image"] = ordered[0]
+    elif ordered:
+        values["images"] = ordered
         stems = {ending.rpartition(".")[0]: image for ending, image in images.items()}
         values.update({stem: image for stem, image in stems.items() if stem and not stem.isdigit()})
     return RawRow(values, place)
+
+
+def _as_list(value: Any) -> list[Any]:
+    return [] if value is None else list(value) if isinstance(value, (list, tuple)) else [value]
+
+
+def _ordered(listed: list[Any], images: dict[str, dict[str, Any]], place: str) -> list[dict[str, Any]] | Fault:
+    """The pictures of a sample in the order in which its record names them, by file name or ending.
+
+    A record that names none of them tells of paths from before the tar was packed: then the endings give the order.
+    """
+    by_name = {image["path"].rpartition("/")[2]: image for image in images.values()}
+    by_name |= {ending: image for ending, image in images.items() if not ending.partition(".")[0].isdigit()}  # a number is no name
+    names = [str(one).rpartition("/")[2] for one in listed]
+    known = [name for name in names if name in by_name]
+    if not known:
+        return [images[ending] for ending in sorted(images, key=_natural)]
+    if len(known) < len(names):
+        missing = next(name for name in names if name not in by_name)
+        found, expected = f"{missing!r} named beside {known[0]!r}", "each picture that is named is expected in the sample"
+        return Fault("orphan", place, "image", found, expected, "Pack the sample again.", media=True)
+    return [by_name[name] for name in names]
 
 
 def _natural(text: str) -> list[tuple[bool, int, str]]:
