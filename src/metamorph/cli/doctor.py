@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from metamorph.cli.terminal import quiet_libraries
+from metamorph.cli.terminal import quiet_libraries, wide_console
 from metamorph.places import check_target
 
 if TYPE_CHECKING:
@@ -63,11 +63,10 @@ def run(
 
 def show(findings: Sequence[Finding]) -> None:
     """Print a table for each group, with a line for the fix where there is one."""
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
-    console = Console()
+    console = wide_console()
     for group, title in _TITLES.items():
         rows = [one for one in findings if one.group == group]
         if not rows:

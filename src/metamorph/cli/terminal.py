@@ -8,6 +8,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from metamorph.reporting.tables import Table
 
 _QUIET = {
@@ -35,10 +37,15 @@ def quiet_libraries() -> None:
         import_module("huggingface_hub.utils").disable_progress_bars()
 
 
-def show_table(table: Table) -> None:
-    """Print a table to stdout; in a narrow terminal its lines wrap, but no name or figure is cut."""
+def wide_console() -> Console:
+    """The terminal, or one that is wide enough for whoever reads from a pipe: names, figures and commands are not broken."""
     from rich.console import Console
 
+    return Console(width=max(Console().width, _WIDTH))
+
+
+def show_table(table: Table) -> None:
+    """Print a table to stdout; in a narrow terminal its lines wrap, but no name or figure is cut."""
     from metamorph.reporting.tables import to_rich
 
-    Console(width=max(Console().width, _WIDTH)).print(to_rich(table))
+    wide_console().print(to_rich(table))

@@ -291,11 +291,14 @@ def _qa(values: Mapping[str, Any], teller: Teller) -> Draft | None:
     queue = MediaQueue(images, videos)
     asked: tuple[tuple[Role, str], ...] = (("user", "question"), ("assistant", "answer"))
     tagged = any(TAG.search(text) for _, name in asked if isinstance(text := values.get(name), str))
-    said = [(role, name, _pieces(values.get(name), role, name, queue, teller)) for role, name in asked]
+    shown = () if tagged else (*images, *videos)  # without a tag, media come before the question
+    turns: list[Turn] = []
+    for role, name in asked:
+        pieces = _pieces(values.get(name), role, name, queue, teller)
+        if pieces is not None:
+            turns.append(Turn(role, (*(shown if role == "user" else ()), *pieces), name))
     if tagged:
         queue.check(fields, teller)
-    shown = () if tagged else (*images, *videos)  # without a tag, media come before the question
-    turns = [Turn(role, (*(shown if role == "user" else ()), *pieces), name) for role, name, pieces in said if pieces is not None]
     return Draft(turns) if len(turns) == 2 else None
 
 
