@@ -33,7 +33,7 @@ def test_generation_benchmark_compares_equal_answers(tmp_path):
     assert all(row["times_faster_than_last"] > 0 and row["all_step_speed_of_bare_forward"] > 0 for row in rows[1:])
 
 
-@pytest.mark.parametrize(("name", "rows"), [("data", 2), ("imports", 3), ("index", 4), ("packing", 2)])
+@pytest.mark.parametrize(("name", "rows"), [("data", 2), ("images", 2), ("imports", 3), ("index", 4), ("packing", 2)])
 def test_benchmark_runs(name, rows, tmp_path):
     assert len(result(name, tmp_path)["rows"]) == rows
 
