@@ -53,6 +53,7 @@ def test_float32_comes_back_bit_for_bit(tmp_path):
     store = write(tmp_path, dtype="float32")
     assert len(store) == 50
     assert all(torch.equal(store[key], expected) for key, expected in zip(keys(50), tokens(50), strict=True))
+    assert len({path.stat().st_mode for path in tmp_path.iterdir()}) == 1  # who may read the header may read the tokens
 
 
 def test_bfloat16_is_two_bytes_a_number_and_within_the_stated_error(tmp_path):

@@ -389,4 +389,6 @@ def _put(partial: Path, final: Path) -> None:
     """Give a file its name once all of it is on the disk."""
     with partial.open("rb") as file:
         os.fsync(file.fileno())
+    if (header := final.with_name(HEADER)).is_file():  # safetensors lets nobody but its owner read: whoever may read one may read all
+        partial.chmod(header.stat().st_mode)
     os.replace(partial, final)
