@@ -44,7 +44,9 @@ def write_tar(path, members):
 
 
 def write_parquet(path, **columns):
-    pa, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    import pyarrow as pa
+    from pyarrow import parquet
+
     parquet.write_table(pa.table(columns), path, row_group_size=4)
     return path
 
@@ -433,7 +435,8 @@ def test_parquet_keeps_what_it_holds(shards):
 
 
 def test_images_of_the_hubs_feature_stay_encoded(tmp_path):
-    datasets = pytest.importorskip("datasets")
+    import datasets
+
     features = datasets.Features({"picture": datasets.Image(), "list": datasets.List(datasets.Image())})
     image = {"bytes": JPEG, "path": None}
     datasets.Dataset.from_dict({"picture": [image], "list": [[image]]}, features=features).to_parquet(tmp_path / "train.parquet")
