@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
@@ -24,6 +24,8 @@ def in_thread(items: Iterator[T], ahead: int) -> Iterator[T]:
             yield item  # pyright: ignore[reportReturnType]
     finally:
         pool.shutdown(cancel_futures=True)
+        if isinstance(items, Generator):
+            items.close()  # what it holds, such as processes, ends with it and not when it is forgotten
 
 
 def in_processes(steps: Dataset, plans: Iterator[Any], workers: int, ahead: int) -> Iterator[Any]:

@@ -223,7 +223,8 @@ class BatchStream:
         if self._packing is None:
             plans = _plans(self._mixture, self._batch_size, self._rank, self._world_size, self._state["step"])
             if self._workers:
-                return in_processes(self._steps, plans, self._workers, max(1, self._prefetch))
+                steps = in_processes(self._steps, plans, self._workers, max(1, self._prefetch))
+                return in_thread(steps, 1)  # its tensors are fetched from the worker one by one, which takes milliseconds
             steps = map(self._steps.__getitem__, plans)
         else:
             reads = _reads(self._steps.reader, self._rank, self._world_size, self._state["waiting"], self._workers)
