@@ -152,3 +152,8 @@ def test_weights_of_the_loss_multiply():
 def test_impossible_mixtures_are_refused(entries, found):
     with pytest.raises(ConfigError, match=found):
         mixture(*entries)
+
+
+def test_two_sources_of_one_name_are_refused():
+    with pytest.raises(ConfigError, match=r"2 sources called 'n' but losses and bad rows are told by name \(mixture\)"):
+        Mixture([WeightedSource(Numbers("n", 3)), WeightedSource(Numbers("m", 3)), WeightedSource(Numbers("n", 4))], seed=0)

@@ -32,6 +32,13 @@ def test_the_next_good_row_of_the_source_takes_the_place(drawn, given, passed):
     assert all(f"[a:a-{record.index}]" in record.error for record in bad)
 
 
+def test_a_capped_source_names_the_row_of_its_file():
+    capped = Mixture([WeightedSource(Numbers("a", 40), max_examples=20)], seed=0)
+    _, *found = zip(*(RowReader(capped, refuse_many, skip=20).read(Draw(0, index)) for index in range(20)), strict=True)
+    bad = {record for records in found[0] for record in records}
+    assert bad and all(f"[a:a-{record.index}]" in record.error for record in bad)
+
+
 def test_by_default_the_first_bad_row_is_refused():
     with pytest.raises(MediaError, match=r"a broken image \[a:a-3\]"):
         RowReader(mixture(), refuse_many).read(Draw(0, 3))

@@ -71,7 +71,11 @@ class Subset:
         """
         if not 0 <= index < self.size:
             raise IndexError(f"row {index} but 0 to {self.size - 1} exist (subset of {self.name})")
-        return self.whole[shuffled(index, len(self.whole), self.key)]
+        return self.whole[self.row(index)]
+
+    def row(self, index: int) -> int:
+        """Which row of the whole source this is."""
+        return shuffled(index, len(self.whole), self.key)
 
 
 class Draw(NamedTuple):
@@ -96,7 +100,7 @@ class Mixture:
     each row once per pass. It never ends.
 
     Raises:
-        ConfigError: no sources, an empty source, or a number that is not above 0.
+        ConfigError: no sources, two of one name, an empty source, or a number that is not above 0.
     """
 
     def __init__(
@@ -132,6 +136,11 @@ class Mixture:
         entry = self.sources[draw.source]
         example = entry.source[draw.index]
         return example if entry.loss_weight == 1.0 else replace(example, weight=example.weight * entry.loss_weight)
+
+    def row(self, draw: Draw) -> int:
+        """Which row of the whole source was drawn, its cap aside."""
+        source = self.sources[draw.source].source
+        return source.row(draw.index) if isinstance(source, Subset) else draw.index
 
     @property
     def place(self) -> Place:
@@ -255,6 +264,10 @@ def _check(sources: Sequence[WeightedSource], epochs: int) -> None:
         raise ConfigError("0 sources but at least 1 is needed (mixture). Name a source.")
     if epochs < 1:
         raise ConfigError(f"{epochs} epochs but at least 1 is needed (mixture). Raise the number.")
+    names = [entry.source.name for entry in sources]
+    if repeated := next((name for name in names if names.count(name) > 1), None):
+        found = f"{names.count(repeated)} sources called {repeated!r}"
+        raise ConfigError(f"{found} but losses and bad rows are told by name (mixture). Give each its own, such as kwargs: {{name: ...}}.")
     for entry in sources:
         place = f"source {entry.source.name}"
         if len(entry.source) == 0:

@@ -31,7 +31,7 @@ class BadRecord:
 
     source: str
     index: int
-    """Of the row in its source."""
+    """Of the row in its source, whatever part of it is used."""
     error: str
     """What is wrong with it, and where it stands."""
 
@@ -53,13 +53,13 @@ class RowReader(Generic[Item]):
         """
         source, bad = self.mixture.sources[draw.source].source, []
         while True:
-            row = (draw.index + len(bad)) % len(source)
+            row = Draw(draw.source, (draw.index + len(bad)) % len(source))
             try:
-                return self._encoded(Draw(draw.source, row)), tuple(bad)
+                return self._encoded(row), tuple(bad)
             except BAD as error:
                 if self.skip is None:
                     raise
-                bad.append(BadRecord(source.name, row, str(error)))
+                bad.append(BadRecord(source.name, self.mixture.row(row), str(error)))
                 if len(bad) > self.skip or len(bad) == len(source):
                     found = f"{len(bad)} bad rows one after another, the last: {error}"
                     raise RecordError(f"{found} but at most {self.skip} may be skipped (source {source.name}). Repair them.") from error

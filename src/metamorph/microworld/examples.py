@@ -100,7 +100,7 @@ class MicroworldSource:
 
 
 def training_source(
-    kinds: Mapping[str, float] | None = None, size: int = 100_000, seed: int = 0, split: Split = "train"
+    kinds: Mapping[str, float] | None = None, size: int = 100_000, seed: int = 0, split: Split = "train", name: str = "microworld"
 ) -> MicroworldSource:
     """The source that recipes name: the default mixture unless shares are given."""
-    return MicroworldSource(dict(kinds or MIXTURE), size, seed, split)
+    return MicroworldSource(dict(kinds or MIXTURE), size, seed, split, name)
