@@ -35,7 +35,7 @@ def encoded() -> Callable[[int], Any]:
     """Example i as a token sequence of the shipped model."""
     import torch
 
-    from metamorph.data.stream import ExampleEncoder
+    from metamorph.data.example_encoder import ExampleEncoder
     from metamorph.microworld.components import shipped
     from metamorph.model.processing import MetaMorphProcessor
 

@@ -33,7 +33,10 @@ class Drawings:
 
 @dataclass(frozen=True)
 class OneKind:
-    """Conversations of one kind, "talk", "read" or "draw", of different lengths; every `broken_every`-th row cannot be read."""
+    """Conversations of one kind, "talk", "read", "draw" or "chat" (two exchanges), of different lengths.
+
+    Every `broken_every`-th row cannot be read.
+    """
 
     kind: str
     size: int
@@ -56,6 +59,7 @@ class OneKind:
             "talk": (Message.user("say " + words), Message.assistant(words + "yes")),
             "read": (Message.user(image, "what? " + words), Message.assistant("red")),
             "draw": (Message.user("draw " + words), Message.assistant("here", image, image)),
+            "chat": (Message.user("say"), Message.assistant("yes"), Message.user("say " + words), Message.assistant(words + "yes")),
         }
         return Example(turns[self.kind], f"{self.kind}-{index}", self.kind, origin=place)
 

@@ -39,6 +39,7 @@ class TokenSequence:
     id: str = ""
     source: str = ""
     weight: float = 1.0
+    turns_cut: int = 0  # last turns of the conversation that did not fit
 
     def __post_init__(self) -> None:
         """Check that the tensors describe the same positions and images."""
@@ -95,6 +96,7 @@ class Batch:
     target_counts: Mapping[str, int] = field(default_factory=dict)  # {"text": positions, "visual": visual tokens}, made by the collator
     ids: tuple[str, ...] = ()
     sources: tuple[str, ...] = ()
+    turns_cut: tuple[int, ...] = ()  # how many turns each document lost to the limit of length
 
     def __len__(self) -> int:
         """Number of rows."""
@@ -115,7 +117,7 @@ class Batch:
 
     def model_inputs(self) -> dict[str, Any]:
         """The keyword arguments of `MetaMorph.forward`."""
-        not_inputs = ("target_counts", "ids", "sources")
+        not_inputs = ("target_counts", "ids", "sources", "turns_cut")
         return {name: value for name, value in vars(self).items() if name not in not_inputs}
 
     def documents_of_targets(self) -> dict[str, Int64[Tensor, " _"]]:
@@ -156,8 +158,10 @@ class Batch:
             pixel_values=self.pixel_values[first_pixels:last_pixels],
             document_lengths=lengths,
             target_counts=counts,
-            ids=self.ids[first_id:last_id] if len(self.ids) == sum(documents) else self.ids,
-            sources=self.sources[first_id:last_id] if len(self.sources) == sum(documents) else self.sources,
+            **{
+                name: values[first_id:last_id] if len(values := getattr(self, name)) == sum(documents) else values
+                for name in ("ids", "sources", "turns_cut")
+            },
         )
 
 

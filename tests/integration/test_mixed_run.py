@@ -14,7 +14,7 @@ from tests.tiny import save_parts
 
 from metamorph.errors import ConfigError, RecordError
 from metamorph.training import DataConfig, ModelConfig, RunConfig, SourceConfig, TrainingConfig
-from metamorph.training.assembly import build_mixture
+from metamorph.training.assembly import build_encoder, build_mixture, build_model
 from metamorph.training.config import StageConfig
 from metamorph.training.run import run
 from metamorph.training.trackers import SilentTracker, read_metrics
@@ -92,6 +92,17 @@ def test_skipped_rows_are_listed_counted_and_limited(parts, tmp_path, data):
         train(settings(parts, tmp_path / "raise", data=data, broken_every=4))
 
 
+def test_rows_that_lost_turns_are_counted_by_source(parts, tmp_path):
+    """One epoch, logged every other step: what is counted between is not lost."""
+    data = {"sources": (source("chat"),), "max_length": 60, "too_long": "cut_turns"}
+    config = settings(parts, tmp_path, data=data, steps=10, log_every=2, checkpoint_every=10)
+    mixture = build_mixture(config.data, 0)
+    encode = build_encoder(config.data, build_model(config.model, 0)[1])
+    long = [index for index in range(40) if encode(mixture.sources[0].source[index]).turns_cut]
+    counted = [key for row in train(config) for key, value in row.items() if key.startswith("shortened_rows/") for _ in range(value)]
+    assert 5 < len(long) < 35 and counted == ["shortened_rows/chat"] * len(long)
+
+
 def cut_back(config):
     """As if the run had died after its third step."""
     shutil.rmtree(config.run_dir / "checkpoints" / "vpit" / "step-00000006")
@@ -107,7 +118,7 @@ def test_packed_rows_and_skipped_ones_resume_exactly(parts, tmp_path):
 
 
 def test_weights_may_be_shares_of_tokens(parts):
-    from metamorph.data.stream import ExampleEncoder
+    from metamorph.data.example_encoder import ExampleEncoder
     from metamorph.model.conversion import initialize
 
     _, processor = initialize(*map(str, parts), seed=0, num_visual_tokens=4)
@@ -160,8 +171,6 @@ def launch(config, resume="new") -> None:
     assert done.returncode == 0, done.stderr[-3000:]
 
 
-@pytest.mark.slow
-@pytest.mark.multiprocess
 def test_two_processes_read_any_mixture_as_one_does(parts, tmp_path):
     """Two rows a process and one a pass: text alone here and pictures there, in all compositions; some rows broken."""
     options = {"data": SKIP, "broken_every": 4, "steps": 12, "batch_size": 4}

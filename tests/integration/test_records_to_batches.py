@@ -8,11 +8,12 @@ from PIL import Image
 from tests.tiny import tiny_tokenizer
 
 from metamorph.data.collate import pack, unpack
+from metamorph.data.example_encoder import ExampleEncoder
 from metamorph.data.inspection import target_texts
 from metamorph.data.mixture import Mixture, WeightedSource
 from metamorph.data.record_files import write_jsonl
 from metamorph.data.source import open_source
-from metamorph.data.stream import BatchStream, ExampleEncoder
+from metamorph.data.stream import BatchStream
 from metamorph.errors import ContextLengthError, MediaError
 from metamorph.messages import Example, Message
 

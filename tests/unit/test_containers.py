@@ -561,7 +561,6 @@ def blank(item):
     return -1, item[1]
 
 
-@pytest.mark.multiprocess
 def test_ranks_and_workers_together_read_every_row_of_an_index_once(tmp_path):
     """3 ranks x 2 workers over 101 rows, which neither number divides."""
     path = write(tmp_path / "rows.jsonl", "".join(f'{{"n": {n}}}\n' for n in range(101)))

@@ -8,10 +8,10 @@ import pytest
 from tests.sequences import Numbers, make_stream, refuse_many, sequence
 
 from metamorph.data.collate import pack_rows
+from metamorph.data.example_encoder import ExampleEncoder
 from metamorph.data.mixture import Draw, Mixture, WeightedSource
 from metamorph.data.packing import Packing
 from metamorph.data.skipping import BadRecord, BadRecords, RowReader
-from metamorph.data.stream import ExampleEncoder
 from metamorph.errors import AlignmentError, ContextLengthError, MediaError, RecordError
 from metamorph.messages import Example, Message
 
@@ -185,11 +185,12 @@ def talk(*lengths):
 
 
 @pytest.mark.parametrize(
-    ("lengths", "left"),
-    [((2, 3, 4, 5), 14), ((2, 3, 4, 12), 5), ((2, 3, 4, 5, 90), 14), ((2, 3, 9, 9, 1, 1), 5), ((10, 10), 20)],
+    ("lengths", "left", "cut"),
+    [((2, 3, 4, 5), 14, 0), ((2, 3, 4, 12), 5, 2), ((2, 3, 4, 5, 90), 14, 1), ((2, 3, 9, 9, 1, 1), 5, 4), ((10, 10), 20, 0)],
 )
-def test_a_long_conversation_loses_whole_turns_until_it_fits(lengths, left):
-    assert len(ExampleEncoder(Words(), 20, "cut_turns")(talk(*lengths))) == left
+def test_a_long_conversation_loses_whole_turns_until_it_fits(lengths, left, cut):
+    sequence = ExampleEncoder(Words(), 20, "cut_turns")(talk(*lengths))
+    assert (len(sequence), sequence.turns_cut) == (left, cut)
 
 
 def test_what_never_fits_is_a_bad_row_and_cutting_must_be_asked_for():

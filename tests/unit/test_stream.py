@@ -10,7 +10,8 @@ from tests.sequences import make_stream as stream
 from tests.sequences import refuse, same, sequence
 
 from metamorph.data.collate import pack, pad, unpack
-from metamorph.data.stream import ExampleEncoder, without_targets
+from metamorph.data.example_encoder import ExampleEncoder
+from metamorph.data.stream import without_targets
 from metamorph.errors import CheckpointError, ConfigError, ContextLengthError, MediaError, RecordError
 from metamorph.messages import Example, Message
 

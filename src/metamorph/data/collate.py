@@ -105,6 +105,7 @@ def unpack(batch: Batch) -> list[TokenSequence]:
                     id=batch.ids[number] if batch.ids else "",
                     source=batch.sources[number] if batch.sources else "",
                     weight=1.0 if batch.target_weights is None else float(batch.target_weights[row, first]),
+                    turns_cut=batch.turns_cut[number] if batch.turns_cut else 0,
                 )
             )
             first, image, pixel = first + length, image + num_images, pixel + num_pixels
@@ -157,6 +158,7 @@ def _assemble(rows: list[list[TokenSequence]], side: str, pad_id: int, *, packed
         target_counts=count_targets(labels, mask, visual_targets, k, lengths),
         ids=tuple(document.id for document in documents),
         sources=tuple(document.source for document in documents),
+        turns_cut=tuple(document.turns_cut for document in documents),
     )
 
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain, islice
-from typing import Any, Generic, Literal, Protocol, TypeVar, runtime_checkable
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch.utils.data import Dataset
@@ -26,8 +26,8 @@ from metamorph.data.mixture import Draw, Mixture, Place
 from metamorph.data.packing import Packing, RowPacker
 from metamorph.data.prefetching import in_processes, in_thread
 from metamorph.data.skipping import BadRecord, BadRecords, RowReader
-from metamorph.errors import CheckpointError, ConfigError, ContextLengthError, MetaMorphError
-from metamorph.messages import Example, Message, validate_messages
+from metamorph.errors import CheckpointError, ConfigError, MetaMorphError
+from metamorph.messages import Example
 
 Item = TypeVar("Item")
 T = TypeVar("T")
@@ -35,56 +35,10 @@ _CHUNK, _CHUNKS_AHEAD = 8, 4
 """Draws that a worker process reads at a time, and how many times that for each worker in advance, where rows are packed ahead."""
 
 
-@runtime_checkable
-class EncodesMessages(Protocol):
-    """What is needed of a processor."""
-
-    def encode(self, messages: Sequence[Message], *, max_length: int | None, id: str, source: str, weight: float) -> TokenSequence:
-        """The conversation as a token sequence, or a ContextLengthError."""
-        ...
-
-
-@dataclass(frozen=True)
-class ExampleEncoder:
-    """The usual `encode` of a stream: a processor applied to an example, whose weight goes with the sequence.
-
-    Args:
-        processor: makes the sequence, its images expanded.
-        max_length: positions that a sequence may have.
-        too_long: what happens to a longer conversation. "refuse": it is an error. "cut_turns": it loses its last turns, as few as possible,
-            until it fits; what is left ends with the assistant. A turn is never cut, nor an image in it.
-    """
-
-    processor: EncodesMessages
-    max_length: int | None = None
-    too_long: Literal["refuse", "cut_turns"] = "refuse"
-
-    def __call__(self, example: Example) -> TokenSequence:
-        """Encode.
-
-        Raises:
-            RecordError, MediaError: the example is malformed, holds no answer, or an image is broken.
-            ContextLengthError: it is longer than `max_length`, or its first answer ends beyond it.
-        """
-        validate_messages(example.messages, example.place, needs_answer=True)
-        ends = [number for number, message in enumerate(example.messages, 1) if message.role == "assistant"]
-        wholes = [len(example.messages)] if self.too_long == "refuse" else [len(example.messages), *reversed(ends)]
-        for number, end in enumerate(dict.fromkeys(wholes), 1):
-            try:
-                return self._encode(example, example.messages[:end])
-            except ContextLengthError:
-                if number == len(set(wholes)):
-                    raise
-        raise AssertionError("the last attempt returns or raises")
-
-    def _encode(self, example: Example, messages: Sequence[Message]) -> TokenSequence:
-        return self.processor.encode(messages, max_length=self.max_length, id=example.id, source=example.source, weight=example.weight)
-
-
 def without_targets(sequence: TokenSequence) -> TokenSequence:
     """The same positions and images, none of them a target."""
     labels, targets = torch.full_like(sequence.labels, IGNORE_INDEX), torch.zeros_like(sequence.visual_targets)
-    return replace(sequence, labels=labels, visual_targets=targets)
+    return replace(sequence, labels=labels, visual_targets=targets, turns_cut=0)
 
 
 def alone(own: T) -> list[T]:

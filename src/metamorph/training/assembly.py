@@ -17,10 +17,11 @@ from torch import Tensor
 
 from metamorph.batch import Batch
 from metamorph.data.collate import pack, pack_rows, pad
+from metamorph.data.example_encoder import ExampleEncoder
 from metamorph.data.mixture import ExampleSource, Mixture, WeightedSource, mean_length
 from metamorph.data.packing import Packing
 from metamorph.data.skipping import BAD, BadRecords
-from metamorph.data.stream import BatchStream, ExampleEncoder
+from metamorph.data.stream import BatchStream
 from metamorph.data.token_store import TokenStore
 from metamorph.errors import CheckpointError, ConfigError
 from metamorph.losses import LossTerm

@@ -28,7 +28,7 @@ from metamorph.training.checkpoint import (
 from metamorph.training.config import TrainingConfig
 from metamorph.training.device import choose_precision, pick_device, processes, rank, world_size
 from metamorph.training.optim import build_optimizer, check_optimizer, set_learning_rate
-from metamorph.training.source_losses import SourceLosses
+from metamorph.training.source_losses import ShortenedRows, SourceLosses
 from metamorph.training.stepping import Engine, StepFunction, TrainingBatch, check_losses, clip_gradients, count_tokens, share_counts
 from metamorph.training.trackers import MetricsFile, TerminalTracker, Tracker
 
@@ -79,7 +79,8 @@ def train(
         step: model, batch -> for each kind of loss its sum over targets, and their number, which must be `batch.target_counts[kind]`.
         model: the whole model; frozen parts have `requires_grad` off.
         stream: gives the micro-batches of each step; a batch has `target_counts`, `.to(device)` and, for error messages, `ids`. Where it
-            has `sources` and `documents_of_targets()`, losses are logged by source, too; where the stream has `bad_records`, their counts.
+            has `sources` and `documents_of_targets()`, losses are logged by source, too; so are
+            rows shortened (`turns_cut`) and, where the stream has `bad_records`, rows skipped.
         config: steps, rates, precision and so on.
         run_dir: gets metrics.jsonl and checkpoints/<stage>/.
         stage: names the checkpoints and the rows of metrics.
@@ -130,6 +131,7 @@ class _Loop:
     done: int  # updates made so far
     history: list[dict[str, Any]] = field(default_factory=list)
     source_losses: SourceLosses = field(default_factory=SourceLosses)
+    shortened: ShortenedRows = field(default_factory=ShortenedRows)
 
     def run(self, evaluators: Mapping[str, Evaluator]) -> TrainResult:
         """The loop, in the order in which it happens."""
@@ -150,13 +152,15 @@ class _Loop:
             for companion in self.companions.values():
                 companion.update(engine.model)
             self.done = number
+            self.shortened.add(micro_batches)
 
             if number % config.log_every == 0 or number == 1 or last:
                 seconds = time.perf_counter() - started
                 speed = count_tokens(micro_batches) * world_size() / seconds
                 rates = {"learning_rate": rate, "grad_norm": losses.pop("grad_norm"), "tokens_per_second": speed}
                 by_source = self.source_losses.of_step(parts, micro_batches, shared)
-                self.log({**losses, **rates, "seconds": seconds, "data_wait_seconds": waited, **by_source, **self.bad_records()})
+                rows = {**self.shortened.take(), **self.bad_records()}
+                self.log({**losses, **rates, "seconds": seconds, "data_wait_seconds": waited, **by_source, **rows})
             if last or (config.evaluate_every and number % config.evaluate_every == 0):
                 self.evaluate(evaluators)
             if last or (config.checkpoint_every and number % config.checkpoint_every == 0):

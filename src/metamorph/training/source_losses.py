@@ -7,6 +7,7 @@ weighted by the numbers of targets, give the loss of the kind (with `normalizati
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -50,6 +51,26 @@ class SourceLosses:
         if len(self._names) > MAX_SOURCES and not self._told:
             self._told = True
             _log.warning("%d sources but at most %d have losses of their own in the metrics", len(self._names), MAX_SOURCES)
+
+
+class ShortenedRows:
+    """Counts the rows that lost turns to the limit of length, from one logged step to the next."""
+
+    def __init__(self) -> None:
+        self._counts: Counter[str] = Counter()
+
+    def add(self, micro_batches: Sequence[Any]) -> None:
+        """Those of one step of this process."""
+        for batch in micro_batches:
+            turns_cut: Sequence[int] = getattr(batch, "turns_cut", ())
+            self._counts.update(batch.sources[number] for number, turns in enumerate(turns_cut) if turns)
+
+    def take(self) -> dict[str, int]:
+        """`shortened_rows/<source>` over all processes since the last call; all ranks call it. A source without any is left out."""
+        everyone = gather_objects(dict(self._counts))
+        self._counts.clear()
+        total = sum(map(Counter, everyone), Counter())
+        return {f"shortened_rows/{source}": count for source, count in sorted(total.items())}
 
 
 def _sums(parts: Sequence[StepPart], batches: Sequence[tuple[TrainingBatch, bool]]) -> Sums:
