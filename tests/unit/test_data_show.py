@@ -7,10 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from tests.planted import LAYOUTS, Layout, Row, file_of, make_media, rows_for
 from typer.testing import CliRunner
 
 from metamorph.cli.main import app
 from metamorph.data.showing import look, pack_table, packed, page_of, position_table
+from metamorph.errors import ConfigError
 from metamorph.messages import Example, ImagePart, Message
 from metamorph.reporting.page import render
 
@@ -94,3 +96,57 @@ def test_the_command_shows_rows_and_names_those_that_cannot_be_used(tmp_path: Pa
     assert shown.exit_code == 1
     assert f"error: {file}:2 conversations: no assistant turn but at least one is needed" in shown.output
     assert CliRunner().invoke(app, ["data", "show", str(file), "--row", "7"]).exit_code != 0
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory):
+    """Pictures and clips of planted rows; Arrow files of `datasets` go there as well."""
+    import datasets
+
+    folder = tmp_path_factory.mktemp("layouts")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(datasets.config, "HF_DATASETS_CACHE", str(folder / "arrow"))
+        yield make_media(folder / "root")
+
+
+def said_in(row: Row, layout: Layout) -> str:
+    """What the assistant says in a row, without white space."""
+    if "captions" in layout.has:
+        return "Hereisanimagebasedonyourrequest:[image]"
+    return re.sub(r"\s", "", "".join(text for role, text in row.turns if role == "assistant").replace("<image>", "[image]"))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=lambda layout: layout.name)
+def test_rows_of_every_layout_are_shown(layout: Layout, root: Path, monkeypatch: pytest.MonkeyPatch):
+    """All kinds of rows: their places, exactly what the assistant says as targets, and a slot for each image and frame."""
+    rows = rows_for(layout, 9)
+    file = layout.write(file_of(layout, root, "shown"), rows)
+    monkeypatch.setenv("NO_COLOR", "1")
+    page = root / f"{layout.name}.html"
+    shown = CliRunner().invoke(app, ["data", "show", str(file), "-n", str(len(rows)), "--html", str(page)])
+    assert shown.exit_code == 0, shown.output
+    output = shown.output[shown.output.index(layout.place(file, 0)) :]
+    heads = [output.index(f"{layout.place(file, index)}  (") for index in range(len(rows))]
+    frames = 2 if layout.name == "own" else 3  # of the clip, at one a second
+    slots = 0
+    for row, start, end in zip(rows, heads, [*heads[1:], None], strict=True):
+        text = output[start:end]
+        targets = "".join(re.findall("⟦(.*?)⟧", text, re.DOTALL))
+        spoken = re.sub(r"<image_start>|<image_end>|<\|end\|>|\s", "", re.sub(r"\[image \d+: 16 visual tokens\]", "[image]", targets))
+        assert spoken == said_in(row, layout), text
+        found = re.findall(r"\[image (\d+): 16 visual tokens\]", text)
+        assert found == [str(number) for number in range(len(row.images or ()) + frames * len(row.videos))], text
+        slots += len(found)
+    assert page.read_text().count("data:image/png;base64,") == slots > 0
+
+
+@pytest.mark.parametrize("command", ["check", "show", "encode"])
+def test_options_of_files_are_refused_where_a_recipe_names_the_data(command: str, tmp_path: Path):
+    """The recipe is not even looked at: that there is none does not matter."""
+    options = ["--image-root", str(tmp_path), "--columns", "image=img", "--allow-urls"]
+    for given, named in ((options, "--image-root, --columns, --allow-urls"), (options[2:4], "--columns"), (options[4:], "--allow-urls")):
+        refused = CliRunner().invoke(app, ["data", command, "--recipe", "none.yaml", *given]).exception
+        assert isinstance(refused, ConfigError)
+        assert str(refused).startswith(f"{named} but no files (metamorph data {command})")
+    refused = CliRunner().invoke(app, ["data", command]).exception
+    assert isinstance(refused, ConfigError) and f"no files but some, or --recipe, are needed (metamorph data {command})" in str(refused)

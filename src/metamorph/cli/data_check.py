@@ -17,6 +17,7 @@ from metamorph.cli.data_options import (
     Jobs,
     ModelDir,
     Recipe,
+    check_input,
     choose_processor,
     cores,
     load_run,
@@ -25,7 +26,6 @@ from metamorph.cli.data_options import (
     sources_of,
 )
 from metamorph.cli.terminal import quiet_libraries, show_table
-from metamorph.errors import ConfigError
 from metamorph.places import check_target
 
 if TYPE_CHECKING:
@@ -54,12 +54,7 @@ def check(
     max_length: Annotated[int | None, typer.Option(min=2, help="Longest row, in positions; by default the recipe's or model's.")] = None,
 ) -> None:
     """Check data before training: exit code 0 if nothing is wrong, 1 if there are problems, 2 if the input is refused."""
-    if not files and recipe is None:
-        raise ConfigError("no files but some, or --recipe, are needed (metamorph data check). Name what training would read.")
-    if not files and (image_root is not None or columns or allow_urls):
-        raise ConfigError(
-            "--image-root, --columns or --allow-urls but no files (metamorph data check). A recipe says how it reads its own."
-        )
+    check_input("metamorph data check", files, recipe, image_root, columns, allow_urls)
     if json_file is not None and str(json_file) != _STDOUT:
         check_target(json_file, "--json")
     quiet_libraries()

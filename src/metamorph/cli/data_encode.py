@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from metamorph.cli.data_options import AllowUrls, Columns, ImageRoot, cores, load_run, parse_columns, sources_of
+from metamorph.cli.data_options import AllowUrls, Columns, ImageRoot, check_input, cores, load_run, parse_columns, sources_of
 from metamorph.cli.options import Device
 from metamorph.cli.terminal import quiet_libraries, show_table
 from metamorph.errors import ConfigError
@@ -54,8 +54,7 @@ def encode(
     Exit code 0 if all is encoded, 1 if images or rows were broken (the others are encoded), 2 if the input is refused.
     The same command goes on where an earlier one stopped. On N GPUs: torchrun --nproc-per-node=N --no-python metamorph data encode ...
     """
-    if not files and recipe is None:
-        raise ConfigError("no files but some, or --recipe, are needed (metamorph data encode). Name what training would read.")
+    check_input("metamorph data encode", files, recipe, image_root, columns, allow_urls)
     if dtype not in ("bfloat16", "float32"):
         raise ConfigError(f"{dtype!r} but bfloat16 or float32 was expected (--dtype). Take one of them.")
     check_target(out, "--out", directory=True)

@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, TypeAlias
 
@@ -29,8 +30,6 @@ Recipe: TypeAlias = Annotated[str | None, typer.Option(help="A recipe (name or Y
 ModelDir: TypeAlias = Annotated[str | None, typer.Option("--model", help="Directory of a model whose processor counts tokens.")]
 Jobs: TypeAlias = Annotated[int | None, typer.Option(min=1, help="Processes; by default 1 for a sample, and all cores for all rows.")]
 
-_FILES = "metamorph.data.source.open_source"
-
 
 @dataclass(frozen=True)
 class Chosen:
@@ -40,6 +39,26 @@ class Chosen:
     name: str = ""
     max_length: int | None = None
     why_not: str = ""
+
+
+def check_input(
+    command: str,
+    files: Sequence[str] | None,
+    recipe: str | None,
+    image_root: Path | None,
+    columns: Sequence[str] | None,
+    allow_urls: bool,
+) -> None:
+    """Refuse a command without anything to read, and options for files where there are none.
+
+    Raises:
+        ConfigError: neither files nor a recipe; or options of files beside a recipe alone, which has such settings of its own.
+    """
+    if not files and recipe is None:
+        raise ConfigError(f"no files but some, or --recipe, are needed ({command}). Name what training would read.")
+    given = [("--image-root", image_root is not None), ("--columns", bool(columns)), ("--allow-urls", allow_urls)]
+    if not files and (names := [name for name, is_given in given if is_given]):
+        raise ConfigError(f"{', '.join(names)} but no files ({command}). The recipe says how its own are read.")
 
 
 def parse_columns(assignments: Sequence[str] | None) -> dict[str, str]:
@@ -107,16 +126,17 @@ def sources_of(config: RunConfig, *, whole_files: bool = True) -> Iterator[tuple
 
     Args:
         config: the recipe's settings.
-        whole_files: refuse broken files, as training does; off to see what is wrong with them.
+        whole_files: refuse broken files, as training does; off to see what is wrong with them, where the reader can leave it.
 
     Raises:
         MetaMorphError: one cannot be opened.
     """
-    from metamorph.training.assembly import load_source
+    from metamorph.training.assembly import load_object, load_source
 
     told = {(repr(source.to_dict()), data.max_length): source for data in _data_of(config) for source in data.sources}
     for (_, max_length), source in told.items():
-        looser = {} if whole_files or source.source != _FILES else {"kwargs": {**source.kwargs, "whole_files": False}}
+        can_be = not whole_files and "whole_files" in signature(load_object(source.source)).parameters
+        looser = {"kwargs": {**source.kwargs, "whole_files": False}} if can_be else {}
         yield load_source(source.model_copy(update=looser)), max_length
 
 

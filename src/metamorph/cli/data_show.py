@@ -14,6 +14,7 @@ from metamorph.cli.data_options import (
     ImageRoot,
     ModelDir,
     Recipe,
+    check_input,
     choose_processor,
     load_run,
     parse_columns,
@@ -50,8 +51,7 @@ def show(
     max_length: Annotated[int | None, typer.Option(min=2, help="Longest row, in positions; by default the recipe's or model's.")] = None,
 ) -> None:
     """Show rows as a model reads them: tokens, what is a target, images, positions. Exit code 1 if one of the rows cannot be used."""
-    if file is None and recipe is None:
-        raise ConfigError("no file but one, or --recipe, is needed (metamorph data show). Name what training would read.")
+    check_input("metamorph data show", [file] if file else None, recipe, image_root, columns, allow_urls)
     if html is not None:
         check_target(html, "--html")
     quiet_libraries()
@@ -72,7 +72,9 @@ def show(
         assert config is not None
         source, _ = next(sources_of(config))
     rows = row or range(min(number, len(source)))
-    console.print(f"As the processor of {chosen.name} reads it; targets are {_legend(console)}.\n", highlight=False, markup=False)
+    console.print(
+        f"As the processor of {chosen.name} reads it; targets are {_legend(console)}.\n", highlight=False, markup=False, soft_wrap=True
+    )
     views = []
     for index in rows:
         example = _read(source, index)
@@ -128,8 +130,12 @@ def _legend(console: Console) -> str:
 
 
 def _print(console: Console, view: View) -> None:
-    console.print(f"{view.example.place}  ({view.example.kind or 'conversation'}, id {view.example.id})", style="bold", markup=False)
-    console.print(f"{view.summary}.", highlight=False, markup=False)
+    one = view.example
+    about = ", ".join([one.kind or "conversation", *([f"id {one.id}"] if one.id != one.place else [])])
+    console.print(
+        f"{one.place}  ({about})", style="bold", highlight=False, markup=False, soft_wrap=True
+    )  # a place that is cut finds no file
+    console.print(f"{view.summary}.", highlight=False, markup=False, soft_wrap=True)
     for run in view.runs:
         console.print(_line(run, colour=_has_colour(console)), soft_wrap=True, highlight=False)
     console.print()
