@@ -30,6 +30,9 @@ class ConfigError(MetaMorphError, ValueError):
 class DataError(MetaMorphError, ValueError):
     """Something that was read cannot be used as data."""
 
+    fault: tuple[str, str, str, str] | None = None
+    """Of what was told as a fault first: (code, found, expected, remedy), for reports; see `metamorph.data.faults`."""
+
 
 class RecordError(DataError):
     """A conversation, or the line of a file that should hold one, is malformed."""
@@ -37,9 +40,6 @@ class RecordError(DataError):
 
 class MediaError(DataError):
     """An image or video is missing, broken, larger than the limits, or outside its root."""
-
-    fault: tuple[str, str, str, str] | None = None
-    """Of an image that was refused: (code, found, expected, remedy), for reports; see `metamorph.data.faults`."""
 
 
 class AlignmentError(MetaMorphError, ValueError):

@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import Int64
 
 from metamorph.data.cross_checks import ABSENT, Shape, absent_column, changing_fields, renamed_images, repeated_ids, repeated_rows
+from metamorph.data.datasets.published import PublishedSource
 from metamorph.data.faults import Fault
 from metamorph.data.findings import Findings
 from metamorph.data.mixture import ExampleSource, shuffled
@@ -34,6 +35,7 @@ _CONTAINERS = {
     "CaptionedImages": "folder of images",
     "TableRows": "Parquet",
     "TarSamples": "WebDataset tar",
+    "ChosenRows": "WebDataset tar, filtered",
 }
 
 Told = Callable[[int, int], None]
@@ -89,7 +91,7 @@ def check(
         total.merge(findings)
         if told is not None:
             told(total.rows, len(indices))
-    rows = source.rows if isinstance(source, FileSource) else None
+    rows = _files_of(source)
     of_files = [] if rows is None else list(rows.faults())
     found = [*_of_rows(total, of_files, source.name if rows is None else _file_of(rows)), *_compared(source, settings, total)]
     found.sort(key=lambda pair: pair[0])  # stable: what a row says of itself stays before what others say of it
@@ -176,6 +178,12 @@ def _of_rows(total: Findings, of_files: list[Fault], place: str) -> list[tuple[i
 
 def _shapes(total: Findings) -> list[Shape]:
     return [Shape(name, kind, first, count) for (name, kind), (first, count) in total.shapes.items()]
+
+
+def _files_of(source: ExampleSource) -> Rows | None:
+    """The container of a source that reads one of ours."""
+    rows = source.rows if isinstance(source, FileSource | PublishedSource) else None
+    return rows if isinstance(rows, Rows) else None
 
 
 def _file_of(rows: Rows) -> str:

@@ -39,9 +39,7 @@ class Fault:
         """As an exception, in the form of all our errors."""
         where = f"{self.place}, {self.field}" if self.field else self.place
         message = f"{self.found} but {self.expected} ({where}). {self.remedy}"
-        if not self.media:
-            return RecordError(message)
-        error = MediaError(message)
+        error = MediaError(message) if self.media else RecordError(message)
         error.fault = (self.code, self.found, self.expected, self.remedy)
         return error
 
@@ -50,11 +48,11 @@ _MESSAGE = re.compile(r"(?P<found>.*?) but (?P<expected>.*?)(?: \((?P<place>[^()
 
 
 def from_error(error: MetaMorphError, code: str, place: str, field: str = "") -> Fault:
-    """One of our errors as a fault, its message taken apart; of media where it is a MediaError, whose own code then stays."""
+    """One of our errors as a fault, its message taken apart; of media where it is a MediaError. A code of its own stays."""
     media = isinstance(error, MediaError)
-    if media and error.fault is not None:
+    if isinstance(error, DataError) and error.fault is not None:
         code, found, expected, remedy = error.fault
-        return Fault(code, place, field, found, expected, remedy, media=True)
+        return Fault(code, place, field, found, expected, remedy, media=media)
     match = _MESSAGE.fullmatch(str(error))
     if match is None:
         return Fault(code, place, field, str(error), "a row that can be used is needed", "Correct or drop the row.", media=media)

@@ -20,7 +20,8 @@ import os
 import secrets
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, BinaryIO, TypeAlias
 
@@ -38,6 +39,7 @@ Notes: TypeAlias = dict[str, Any]
 _HEADER = 1024
 _VERSION = 1
 _EDGE = 4096
+_MAPPED = 128  # indexes that a process keeps mapped: each holds a file open, of which many systems allow 1,024
 _SHOWN_FROM = 2**26  # bytes; smaller files are indexed before a bar could be read
 _log = logging.getLogger(__name__)
 
@@ -83,14 +85,13 @@ Scan: TypeAlias = Callable[[BinaryIO, IndexWriter], Notes]
 """Reads a file once, from its beginning, and writes down where its rows are."""
 
 
-@dataclass
+@dataclass(eq=False)
 class FileIndex:
     """An index in use. Goes to worker processes as its place, and is mapped there when a row is asked for."""
 
     file: Path
     location: Path  # beside the file, or in the cache
     header: dict[str, Any]
-    _sections: dict[str, Int64[np.ndarray, " n"]] = field(default_factory=dict, repr=False)
 
     @property
     def notes(self) -> Notes:
@@ -107,22 +108,23 @@ class FileIndex:
         Raises:
             RecordError: the index was removed or replaced by that of another file since it was opened.
         """
-        if name not in self._sections:
-            first, count = self.header["sections"].get(name, (0, 0))
-            if _read_header(self.location) != self.header:
-                raise RecordError(
-                    f"another index than at the start but the same is needed ({self.location}). Do not change data under a running process."
-                )
-            offset = _HEADER + 8 * first
-            numbers = np.memmap(self.location, dtype="<i8", mode="r", offset=offset, shape=(count,)) if count else np.zeros(0, np.int64)
-            self._sections[name] = np.asarray(numbers)
-        return self._sections[name]
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_sections": {}}
+        first, count = self.header["sections"].get(name, (0, 0))
+        return _map(self)[first : first + count]
 
 
-def open_index(file: Path, kind: str, scan: Scan, *, progress: Progress = False) -> FileIndex:
+@lru_cache(maxsize=_MAPPED)
+def _map(index: FileIndex) -> Int64[np.ndarray, " n"]:
+    """All numbers of an index. Not kept by the index itself: a data set of ten thousand tars has as many."""
+    if _read_header(index.location) != index.header:
+        raise RecordError(
+            f"another index than at the start but the same is needed ({index.location}). Do not change data under a running process."
+        )
+    if not any(count for _, count in index.header["sections"].values()):
+        return np.zeros(0, np.int64)  # nothing cannot be mapped
+    return np.asarray(np.memmap(index.location, dtype="<i8", mode="r", offset=_HEADER))
+
+
+def open_index(file: Path, kind: str, scan: Scan, *, progress: Progress = False, ending: str = "index") -> FileIndex:
     """The index of a file: the one that is there if it fits, else a new one.
 
     Args:
@@ -130,17 +132,18 @@ def open_index(file: Path, kind: str, scan: Scan, *, progress: Progress = False)
         kind: how it is scanned; an index of another kind does not fit.
         scan: does it.
         progress: show how far it is; worker processes stay silent.
+        ending: of the index's name, for one that lies beside another of the same file.
 
     Raises:
         RecordError: the file cannot be read, changes while it is read, or there is no place to write to.
     """
     try:
         before = _identity(file, kind)
-        for location in locations(file):
+        for location in locations(file, ending):
             header = _read_header(location)
             if header is not None and {key: header.get(key) for key in before} == before:
                 return FileIndex(file, location, header)
-        location, header = _build(file, scan, before, progress)
+        location, header = _build(file, scan, before, progress, ending)
         if _identity(file, kind) != before:
             location.unlink(missing_ok=True)
             raise RecordError(f"a file that changes while it is read but one at rest is needed ({file}). Wait until it is written.")
@@ -150,11 +153,11 @@ def open_index(file: Path, kind: str, scan: Scan, *, progress: Progress = False)
         raise RecordError(f"a file that cannot be read ({reason}) but records are needed ({file}). Check the path.") from error
 
 
-def locations(file: Path) -> tuple[Path, Path]:
+def locations(file: Path, ending: str = "index") -> tuple[Path, Path]:
     """Where the index of a file may be: beside it, or, where nothing can be written there, in the cache."""
     cache = os.environ.get("METAMORPH_CACHE_DIR") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "metamorph")
     digest = hashlib.blake2b(os.fsencode(file.resolve()), digest_size=8).hexdigest()
-    return file.with_name(f"{file.name}.index"), Path(cache).expanduser() / "indexes" / f"{file.name[:100]}.{digest}.index"
+    return file.with_name(f"{file.name}.{ending}"), Path(cache).expanduser() / "indexes" / f"{file.name[:100]}.{digest}.{ending}"
 
 
 def _identity(file: Path, kind: str) -> dict[str, Any]:
@@ -180,9 +183,9 @@ def _read_header(location: Path) -> dict[str, Any] | None:
         return None
 
 
-def _build(file: Path, scan: Scan, identity: dict[str, Any], progress: Progress) -> tuple[Path, dict[str, Any]]:
+def _build(file: Path, scan: Scan, identity: dict[str, Any], progress: Progress, ending: str) -> tuple[Path, dict[str, Any]]:
     """Scan the file and write the index to the first place that takes it."""
-    for location in locations(file):
+    for location in locations(file, ending):
         partial = location.with_name(f".{location.name}.{os.getpid()}.{secrets.token_hex(4)}.partial")
         try:
             location.parent.mkdir(parents=True, exist_ok=True)
@@ -191,14 +194,14 @@ def _build(file: Path, scan: Scan, identity: dict[str, Any], progress: Progress)
             _log.info("no index can be written to %s (%s)", location.parent, error.strerror)
             continue
         try:
-            with target, file.open("rb", buffering=0) as source, _shown(file, identity["bytes"], progress) as advance:
+            with target, file.open("rb", buffering=0) as source, shown(file.name, identity["bytes"], progress) as advance:
                 writer = IndexWriter(target, advance)
                 header = {**identity, "notes": scan(source, writer)}  # pyright: ignore[reportArgumentType]  # unbuffered, still binary
                 writer.finish(header)
             os.replace(partial, location)
         finally:
             partial.unlink(missing_ok=True)
-        if location != locations(file)[0]:
+        if location != locations(file, ending)[0]:
             _log.warning("the folder of %s is read-only: its index is %s", file, location)
         return location, {**header, "sections": {name: list(place) for name, place in writer.sections.items()}}
     raise RecordError(
@@ -207,8 +210,8 @@ def _build(file: Path, scan: Scan, identity: dict[str, Any], progress: Progress)
 
 
 @contextmanager
-def _shown(file: Path, total: int, progress: Progress) -> Iterator[Callable[[int], None]]:
-    """A function to be told of bytes that were read."""
+def shown(name: str, total: int, progress: Progress) -> Iterator[Callable[[int], None]]:
+    """A function to be told of bytes that were read, of `total`."""
     done = 0
     if callable(progress):
 
@@ -225,7 +228,7 @@ def _shown(file: Path, total: int, progress: Progress) -> Iterator[Callable[[int
 
         columns = (TextColumn("Indexing {task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
         with Bar(*columns, console=Console(stderr=True), transient=True) as bar:
-            task = bar.add_task(file.name, total=total)
+            task = bar.add_task(name, total=total)
             yield lambda number: bar.advance(task, number)
     else:
         yield lambda number: None

@@ -12,23 +12,21 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from metamorph.data.datasets.published import PublishedSource, field_of
 from metamorph.data.faults import Fault, from_error
 from metamorph.data.lengths import EstimatedLengths, Lengths, Measure
 from metamorph.data.media_faults import fault_of_image
 from metamorph.data.mixture import ExampleSource
-from metamorph.data.records import OpenVideo, RecordSettings, SeeMedium, to_example
+from metamorph.data.records import to_example
 from metamorph.data.references import Roots
 from metamorph.data.rows import RawRow
-from metamorph.data.source import FileSource, VideoOpener
+from metamorph.data.source import FileSource
 from metamorph.data.turns import MediaRef, Teller
 from metamorph.errors import MediaError, MetaMorphError
 from metamorph.media import DEFAULT_LIMITS, ImageLimits, detected_format, format_of_name, image_hash
 from metamorph.messages import Example, ImagePart, ImageSource, TextPart, VideoPart
-
-if TYPE_CHECKING:
-    from metamorph.data.video import SampledVideo
 
 _REMEMBERED = 2**16  # images whose verdict is kept: neighbouring rows often name the same one
 _OWN_NAMES = frozenset({"id", "__key__", "__url__", "__index_in_shard__"})
@@ -90,16 +88,16 @@ class RowChecker:
 
     def __init__(self, source: ExampleSource, settings: CheckSettings) -> None:
         self._source, self._settings = source, settings
-        self._records = _watched(source.settings, self._see, self._open_video) if isinstance(source, FileSource) else None
-        self._open = source.settings.open_video if isinstance(source, FileSource) else None
+        self._records = replace(source.settings, see_medium=self._see) if isinstance(source, FileSource) else None
         self._verdict = lru_cache(maxsize=_REMEMBERED)(self._look)
         self._seen: list[SeenImage] = []  # of the row that is being read
-        self._sampled: SampledVideo | None = None  # the video that was opened last
 
     def check(self, index: int) -> RowFindings:
         """Row `index`."""
         self._seen = []
         faults: list[Fault] = []
+        if isinstance(self._source, PublishedSource):
+            return self._check_published(self._source, index, faults)
         if self._records is None:
             return self._check_example(index, faults)
         assert isinstance(self._source, FileSource)
@@ -126,18 +124,29 @@ class RowChecker:
             example = self._source[index]
         except MetaMorphError as error:
             return RowFindings(place, (from_error(error, "row-refused", place),))
+        return self._looked_at(example, faults)
+
+    def _check_published(self, source: PublishedSource, index: int, faults: list[Fault]) -> RowFindings:
+        """A row of a published data set, whose reader says what is wrong with it."""
+        raw = source.row_or_fault(index)
+        if isinstance(raw, Fault):
+            return RowFindings(raw.place, (raw,))
+        example = source.examine(raw, index, faults.append)
+        return RowFindings(raw.place, tuple(faults)) if example is None else self._looked_at(example, faults, raw)
+
+    def _looked_at(self, example: Example, faults: list[Fault], raw: RawRow | None = None) -> RowFindings:
+        """Open the images of an example, and count its positions."""
         teller = Teller(faults.append, example.place)
         for number, image in enumerate(image for message in example.messages for image in message.images):
             if image.image is not None:
-                self._see_image(image.image, "", f"image {number + 1}", teller, None)
+                where = "" if raw is None else field_of(raw, image.image)
+                self._see_image(image.image, "", where or f"image {number + 1}", teller, None)
         lengths = None if teller.failed else self._measured(example, "", faults)
         return RowFindings(example.place, tuple(faults), example, lengths, tuple(self._seen))
 
     def _see(self, ref: MediaRef, part: ImagePart | VideoPart, teller: Teller) -> None:
         """Open an image that a record names."""
         if isinstance(part, VideoPart):
-            for fault in _faults_of_video(self._sampled, teller.place, ref.field):
-                teller.tell(fault)
             self._seen += [SeenImage(ref.field, "", 0)] * len(part.frames)
             return
         if part.image is None:
@@ -147,14 +156,6 @@ class RowChecker:
         roots: Roots = self._records.roots if self._records else Roots(None)
         written = name if isinstance(name, str) and not name.startswith("data:") else ""
         self._see_image(part.image, written, ref.field, teller, roots.folder)
-
-    def _open_video(self, video: Path | bytes) -> VideoPart:
-        """As training opens it, but what stands in the way of more frames is kept."""
-        assert self._open is not None
-        if not isinstance(self._open, VideoOpener):
-            return self._open(video)
-        self._sampled = self._open.sample(video)
-        return self._open.part(self._sampled)
 
     def _see_image(self, image: ImageSource, name: str, where: str, teller: Teller, root: Path | None) -> None:
         if isinstance(image, Path):
@@ -199,24 +200,6 @@ def _named_after_sample(name: str, place: str) -> bool:
     """Whether an image lies in a tar and is called as its sample is."""
     _, sample, key = place.rpartition(" sample ")
     return bool(sample) and name.startswith(f"{key}.")
-
-
-def _watched(settings: RecordSettings, see: SeeMedium, open_video: OpenVideo) -> RecordSettings:
-    return replace(settings, see_medium=see, open_video=open_video)
-
-
-def _faults_of_video(sampled: SampledVideo | None, place: str, where: str) -> list[Fault]:
-    """Of a video that gives frames, but fewer than are meant."""
-    if sampled is None:
-        return []
-    if sampled.broken:
-        found, expected = f"only {len(sampled.frames)} frames ({sampled.broken})", f"{sampled.asked} are sampled from a whole video"
-        return [Fault("video-broken", place, where, found, expected, "Fetch it again.", "warning", media=True)]
-    if sampled.asked == 1:
-        found, remedy = f"a video of at most {sampled.interval:g} s", "Sample more densely (fps), or leave the row out."
-        expected = f"more than one frame is expected at one every {sampled.interval:g} s"
-        return [Fault("video-short", place, where, found, expected, remedy, "warning", media=True)]
-    return []
 
 
 def _fault_of_name(data: bytes, name: str) -> Fault | None:

@@ -92,7 +92,7 @@ class TarSamples(FaultyRows):
             IndexError: there is no such sample.
         """
         self.check_index(index, str(self.path))
-        members = self._members(index)
+        members = self.members(index)
         if lacks := int(self._index.section("lacks")[index]):
             return self._orphan(members, lacks)
         place = self._place(members)
@@ -117,9 +117,10 @@ class TarSamples(FaultyRows):
             yield no_rows(self.path, "at least one sample")
         lacks = self._index.section("lacks")
         for index in np.flatnonzero(lacks).tolist():
-            yield self._orphan(self._members(index), int(lacks[index]))
+            yield self._orphan(self.members(index), int(lacks[index]))
 
-    def _members(self, index: int) -> list[Member]:
+    def members(self, index: int) -> list[Member]:
+        """The files of a sample, and where they lie in the tar."""
         starts, spans, ends, text = (self._index.section(name) for name in ("starts", "spans", "name_ends", "names"))
         members = []
         for number in range(int(starts[index]), int(starts[index + 1])):

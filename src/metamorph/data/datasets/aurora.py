@@ -15,7 +15,9 @@ from metamorph.errors import RecordError
 from metamorph.messages import Example
 
 
-def source(directory: str, parts: Sequence[str] | None = None, name: str = "aurora", seed: int = 0) -> PublishedSource:
+def source(
+    directory: str, parts: Sequence[str] | None = None, name: str = "aurora", seed: int = 0, whole_files: bool = True
+) -> PublishedSource:
     """Edits of images, from either of the two layouts in which the data set is published; which one is told from the folder.
 
     Args:
@@ -24,6 +26,7 @@ def source(directory: str, parts: Sequence[str] | None = None, name: str = "auro
         parts: in the second layout, which NAMEs (ag, kubric, magicbrush, something); by default all that are there.
         name: how tables and errors call the source.
         seed: of the wording, where the phrasings have a choice.
+        whole_files: refuse a file of records that is cut off, empty or in another encoding; off to look at what is left of it.
 
     Raises:
         RecordError: the folder holds neither, or a part is missing.
@@ -36,7 +39,7 @@ def source(directory: str, parts: Sequence[str] | None = None, name: str = "auro
         if not found:
             raise RecordError(f"0 Parquet files and no data/NAME/train.json but one of them is needed ({root}). Name another folder.")
         files, images = existing(found, holds="the records of a part"), root
-    rows = open_records(files, images, name)
+    rows = open_records(files, images, name, whole_files=whole_files)
     return PublishedSource(rows, partial(convert, root=images, name=name), name, seed)
 
 

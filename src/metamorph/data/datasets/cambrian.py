@@ -18,19 +18,20 @@ RECORDS = "jsons/Cambrian7M_withsystemprompt.jsonl"
 """The curated records with system prompts, which the authors recommend."""
 
 
-def source(directory: str, file: str = RECORDS, name: str = "cambrian") -> PublishedSource:
+def source(directory: str, file: str = RECORDS, name: str = "cambrian", whole_files: bool = True) -> PublishedSource:
     """Questions about images, and conversations without images, of `nyu-visionx/Cambrian-10M` as it lies on the hub, archives unpacked.
 
     Args:
         directory: the folder of the data set; paths of images are relative to it.
         file: the records, relative to it.
         name: how tables and errors call the source.
+        whole_files: refuse a file of records that is cut off, empty or in another encoding; off to look at what is left of it.
 
     Raises:
         RecordError: a file is missing or holds no rows.
     """
     root = folder(directory, holds=file)
-    rows = open_records(existing([root / file], holds="the file of records"), root, name)
+    rows = open_records(existing([root / file], holds="the file of records"), root, name, whole_files=whole_files)
     settings = RecordSettings(roots=Roots(root), source=name, format="llava")
     return PublishedSource(rows, partial(convert, settings=settings), name)
 

@@ -17,7 +17,7 @@ from metamorph.errors import RecordError
 from metamorph.messages import Example
 
 
-def source(directory: str, name: str = "instruct_pix2pix", seed: int = 0) -> PublishedSource:
+def source(directory: str, name: str = "instruct_pix2pix", seed: int = 0, whole_files: bool = True) -> PublishedSource:
     """Edits of images, from either of the two layouts in which the data set is published; which one is told from the folder.
 
     Args:
@@ -25,6 +25,7 @@ def source(directory: str, name: str = "instruct_pix2pix", seed: int = 0) -> Pub
             `clip-filtered-dataset`, with `seeds.json`.
         name: how tables and errors call the source.
         seed: of the choice among the pairs of an instruction, in the second layout.
+        whole_files: refuse a file of records that is cut off, empty or in another encoding; off to look at what is left of it.
 
     Raises:
         RecordError: the folder holds neither.
@@ -35,7 +36,7 @@ def source(directory: str, name: str = "instruct_pix2pix", seed: int = 0) -> Pub
     files = sorted([*root.glob("*.parquet"), *root.glob("data/*.parquet")])
     if not files:
         raise RecordError(f"no seeds.json and 0 Parquet files but one of them is needed ({root}). Fetch the data set or name its folder.")
-    return PublishedSource(open_records(files, None, name), partial(convert_parquet, name=name), name, seed)
+    return PublishedSource(open_records(files, None, name, whole_files=whole_files), partial(convert_parquet, name=name), name, seed)
 
 
 def convert_parquet(raw: RawRow, rng: np.random.Generator, name: str) -> Example:

@@ -2,28 +2,31 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
-import tarfile
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
-from jaxtyping import Int64
 
-from metamorph.data.datasets.published import PublishedSource, RandomRows, folder, identity, image_of, open_records, typed
+from metamorph.data.containers import ConcatenatedRows
+from metamorph.data.datasets.published import PublishedSource, folder, identity, image_of, open_records, typed
+from metamorph.data.faults import Fault
+from metamorph.data.file_index import IndexWriter, Notes, open_index, shown
 from metamorph.data.kinds import Generation, generation
-from metamorph.data.rows import RawRow
-from metamorph.data.webdataset import Member
+from metamorph.data.rows import FaultyRows, RawRow, Rows
+from metamorph.data.webdataset import TarSamples
 from metamorph.errors import ConfigError, RecordError
 from metamorph.messages import Example
 
 CAPTIONS = ("caption", "text")
 """Fields of a pair that hold its caption (a `.txt` is the first of them); the first that is there."""
+_VERSION = 1  # of what rules mean: numbers that another one kept are found anew
 _log = logging.getLogger(__name__)
 
 
@@ -69,21 +72,42 @@ class PairFilter:
         return "max_aspect_ratio" if self.max_aspect_ratio is not None and longer / shorter > self.max_aspect_ratio else None
 
 
-@dataclass(frozen=True)
-class ChosenRows:
-    """Some of the rows of a container, by their numbers."""
+class ChosenRows(FaultyRows):
+    """The samples of a tar that a filter keeps. Their numbers lie beside the tar, as its index does: its texts are read once.
 
-    rows: RandomRows
-    chosen: Int64[np.ndarray, " rows"]
+    Args:
+        rows: the tar.
+        kept: the filter; another has a file of its own.
+
+    Raises:
+        RecordError: a rule asks for sizes, which a pair does not state; or there is no place to write to.
+    """
+
+    root: Path | None = None  # all media are in the tar
+
+    def __init__(self, rows: TarSamples, kept: PairFilter) -> None:
+        self.rows, self.name = rows, rows.name
+        kind = f"pairs {_VERSION} {json.dumps(kept.rules, sort_keys=True)}"
+        ending = f"{hashlib.blake2b(kind.encode(), digest_size=4).hexdigest()}.index"
+        self._index = open_index(rows.path, kind, partial(_scan, rows=rows, kept=kept), ending=ending)
 
     def __len__(self) -> int:
-        return len(self.chosen)
+        """Number of samples that are kept."""
+        return self._index.count("starts")
 
-    def __getitem__(self, index: int, /) -> RawRow:
-        """Row `index` of those that were chosen."""
-        if not 0 <= index < len(self):
-            raise IndexError(f"row {index} but 0 to {len(self) - 1} exist")
-        return self.rows[int(self.chosen[index])]
+    @property
+    def left_out(self) -> dict[str, int]:
+        """Rule -> samples that break it, and none before it."""
+        return self._index.notes["left_out"]
+
+    def row_or_fault(self, index: int, /) -> RawRow | Fault:
+        """Row `index` of those that are kept."""
+        self.check_index(index, str(self.rows.path))
+        return self.rows.row_or_fault(int(self._index.section("starts")[index]))
+
+    def faults(self) -> Iterator[Fault]:
+        """Those of the tar."""
+        return self.rows.faults()
 
 
 def source(
@@ -94,6 +118,7 @@ def source(
     min_side: int | None = None,
     max_aspect_ratio: float | None = None,
     seed: int = 0,
+    whole_files: bool = True,
 ) -> PublishedSource:
     """Requests for images with a caption in them, answered by the image.
 
@@ -105,6 +130,7 @@ def source(
         min_side: leave out images whose shorter side has fewer pixels, by the `width` and `height` of a pair's .json.
         max_aspect_ratio: leave out images whose longer side is more than so many times the shorter.
         seed: of the wording.
+        whole_files: refuse a tar that is cut off or empty; off to look at what is left of it.
 
     Raises:
         RecordError: there are no tars, or no pairs (that the filters keep).
@@ -115,8 +141,8 @@ def source(
     files = [path] if path.is_file() else sorted(folder(directory, holds="tars of pairs").rglob("*.tar"))
     if not files:
         raise RecordError(f"0 files .tar but at least 1 is needed ({path}). Fetch the images with img2dataset, in format webdataset.")
-    rows: RandomRows = open_records(files, None, name)
-    return PublishedSource(_filtered(rows, files, kept, name) if kept.rules else rows, partial(convert, name=name), name, seed)
+    rows = open_records(files, None, name, whole_files=whole_files)
+    return PublishedSource(_filtered(rows, kept, name) if kept.rules else rows, partial(convert, name=name), name, seed)
 
 
 def convert(raw: RawRow, rng: np.random.Generator, name: str) -> Example:
@@ -142,36 +168,41 @@ def _side(raw: RawRow, name: str) -> float:
     return float(value)
 
 
-def _filtered(rows: RandomRows, files: Sequence[Path], kept: PairFilter, name: str) -> ChosenRows:
-    """The pairs that a filter keeps; reads the texts of all of them once, and no image."""
-    broken = [kept.broken_by(raw) for file in files for raw in _texts(file)]
-    if len(broken) != len(rows):
-        found = f"{len(broken)} pairs found and {len(rows)} in the indexes"
-        raise RecordError(f"{found} but the two must agree (source {name}). Delete the .index files beside the tars.")
-    chosen = np.flatnonzero(np.array([rule is None for rule in broken]))
-    left_out = Counter(rule for rule in broken if rule is not None)
+def _filtered(rows: Rows, kept: PairFilter, name: str) -> Rows:
+    """The pairs that a filter keeps."""
+    tars = [part for part in (rows.parts if isinstance(rows, ConcatenatedRows) else (rows,)) if isinstance(part, TarSamples)]
+    sizes = [tar.path.stat().st_size for tar in tars]
+    chosen: list[ChosenRows] = []
+    with shown(f"the texts of {name}", sum(sizes), True) as advance:
+        for tar, size in zip(tars, sizes, strict=True):
+            chosen.append(ChosenRows(tar, kept))
+            advance(size)
+    left_out = sum((Counter(part.left_out) for part in chosen), Counter())
     if left_out:
         counts = ", ".join(f"{rule} {number}" for rule, number in sorted(left_out.items()))
-        _log.info("%d of %d pairs are left out (source %s): %s", len(rows) - len(chosen), len(rows), name, counts)
-    if not len(chosen):
+        _log.info("%d of %d pairs are left out (source %s): %s", left_out.total(), len(rows), name, counts)
+    if not any(map(len, chosen)):
         raise RecordError(f"0 pairs of {len(rows)} left but at least 1 is needed (source {name}; filters {kept.rules}). Loosen them.")
-    return ChosenRows(rows, chosen)
+    return chosen[0] if len(chosen) == 1 else ConcatenatedRows(chosen, name)
 
 
-def _texts(file: Path) -> Iterator[RawRow]:
-    """The pairs of a tar without their images, in the order in which they begin. What cannot be parsed is said when it is read."""
-    samples: dict[str, dict[str, Any]] = {}
-    with tarfile.open(file, mode="r:") as archive:
-        for entry in archive:
-            archive.members = []  # pyright: ignore[reportAttributeAccessIssue]  # it would keep them all
-            member = Member(entry.name, 0, 0)
-            if not entry.isreg() or Path(entry.name).name.startswith("."):
-                continue
-            sample = samples.setdefault(member.key, {})
-            if member.ending in ("txt", "json") and (opened := archive.extractfile(entry)) is not None:
-                text = opened.read().decode("utf-8", "replace")
-                sample |= {"caption": text} if member.ending == "txt" else {**_parsed(text), **sample}
-    yield from (RawRow(values, f"{file} sample {key}") for key, values in samples.items())
+def _scan(file: BinaryIO, writer: IndexWriter, *, rows: TarSamples, kept: PairFilter) -> Notes:
+    """The numbers of the samples that a filter keeps; reads their texts, and no image."""
+    broken = [kept.broken_by(_texts(file, rows, index)) for index in range(len(rows))]
+    writer.stream(np.flatnonzero([rule is None for rule in broken]))
+    return {"left_out": dict(Counter(rule for rule in broken if rule is not None))}
+
+
+def _texts(file: BinaryIO, rows: TarSamples, index: int) -> RawRow:
+    """A sample without its image. What cannot be parsed is said when it is read."""
+    members = rows.members(index)
+    values: dict[str, Any] = {}
+    for member in members:
+        if member.ending in ("txt", "json"):
+            file.seek(member.offset)
+            text = file.read(member.size).decode("utf-8", "replace")
+            values = {**values, "caption": text} if member.ending == "txt" else {**_parsed(text), **values}
+    return RawRow(values, f"{rows.path} sample {members[0].key}")
 
 
 def _parsed(text: str) -> Mapping[str, Any]:

@@ -5,19 +5,19 @@ from __future__ import annotations
 import re
 import zlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
 
 from metamorph.data.containers import open_rows
-from metamorph.data.faults import raise_errors
+from metamorph.data.faults import Fault, Report, from_error, raise_errors
 from metamorph.data.kinds import Turn
 from metamorph.data.media_faults import fault_of_image
 from metamorph.data.rows import RawRow, Rows, refuse_broken_files
 from metamorph.data.turns import Teller, role_of, text_of
-from metamorph.errors import ConfigError, DataError, MediaError, RecordError
+from metamorph.errors import ConfigError, DataError, MediaError, MetaMorphError, RecordError
 from metamorph.messages import Example, ImageSource, resolve_inside
 
 Convert: TypeAlias = Callable[[RawRow, np.random.Generator], Example]
@@ -66,11 +66,66 @@ class PublishedSource:
         """
         raw = self.rows[index]
         try:
-            return self.convert(raw, np.random.default_rng((self.seed, zlib.crc32(self.name.encode()), index)))
+            return self._converted(raw, index)
         except DataError as error:
             if raw.place in str(error):
                 raise
             raise type(error)(f"{error} [{raw.place}]") from error
+
+    def row_or_fault(self, index: int) -> RawRow | Fault:
+        """Row `index` as it is published, or what is wrong with it.
+
+        Raises:
+            IndexError: there is no such row.
+        """
+        return self.rows.row_or_fault(index) if isinstance(self.rows, Rows) else self.rows[index]
+
+    def examine(self, raw: RawRow, index: int, report: Report) -> Example | None:
+        """Row `index` as an example; what its reader refuses is told to `report`, and leaves None."""
+        try:
+            return self._converted(raw, index)
+        except MetaMorphError as error:
+            report(_fault_of(error, raw))
+            return None
+
+    def _converted(self, raw: RawRow, index: int) -> Example:
+        return self.convert(raw, np.random.default_rng((self.seed, zlib.crc32(self.name.encode()), index)))
+
+
+def _fault_of(error: MetaMorphError, raw: RawRow) -> Fault:
+    """What a reader refused, as a fault of its row; where the error names a file instead, such as a video, with that file."""
+    fault, said = from_error(error, "row-refused", raw.place), str(error)
+    before, after = f"{fault.found} but {fault.expected} (", f"). {fault.remedy}"
+    if not said.startswith(before) or not said.endswith(after):
+        return fault
+    where = said[len(before) : len(said) - len(after)]
+    if where == raw.place or where.startswith(f"{raw.place}, "):
+        return replace(fault, field=where[len(raw.place) + 2 :])
+    return replace(fault, found=f"{fault.found} ({where})", field=field_of(raw, Path(where)))
+
+
+def field_of(raw: RawRow, medium: ImageSource) -> str:
+    """The field of a row that names or holds an image or video; "" where none does, as of a picture that was cut out of another."""
+    for name, value in raw.values.items():
+        several = isinstance(value, (list, tuple))
+        for number, one in enumerate(value if several else (value,)):
+            if _is_of(one, medium):
+                return f"{name}[{number}]" if several else str(name)
+    return ""
+
+
+def _is_of(value: Any, medium: ImageSource) -> bool:
+    if isinstance(value, Mapping):
+        value = _stored(value)
+    if isinstance(medium, Path) and isinstance(value, str) and value:
+        parts = Path(value).parts
+        return medium.parts[-len(parts) :] == parts
+    return isinstance(value, bytes) and isinstance(medium, bytes) and value == medium
+
+
+def _stored(value: Mapping[str, Any]) -> Any:
+    """Of Hugging Face's `{"bytes", "path"}`, what is given."""
+    return value.get("bytes") if value.get("bytes") is not None else value.get("path")
 
 
 def identity(raw: RawRow, name: str, *fields: str) -> dict[str, str]:
@@ -96,7 +151,7 @@ def list_field(raw: RawRow, name: str) -> list[Any]:
     """
     values = list(typed(raw, raw.values.get(name), (list, tuple, np.ndarray), name, "a list"))
     if not values:
-        raise RecordError(f"an empty list but at least 1 item is needed ({raw.place}, {name}). Fill it or drop the row.")
+        raise Fault("list-empty", raw.place, name, "an empty list", "at least 1 item is needed", "Fill it or drop the row.").error()
     return values
 
 
@@ -108,7 +163,8 @@ def typed(raw: RawRow, value: Any, kind: type | tuple[type, ...], field: str, ex
     """
     if not isinstance(value, kind):
         found = "null or no field" if value is None else f"{type(value).__name__} ({value!r:.40})"
-        raise RecordError(f"{found} but {expected} is needed ({raw.place}, {field}). Correct the row.")
+        code = "field-missing" if value is None else "field-type"
+        raise Fault(code, raw.place, field, found, f"{expected} is needed", "Correct the row.").error()
     return value
 
 
@@ -120,7 +176,7 @@ def image_of(raw: RawRow, value: Any, root: Path | None, field: str) -> ImageSou
         MediaError: there is no such file, or it lies outside the root.
     """
     if isinstance(value, Mapping):
-        value = value.get("bytes") if value.get("bytes") is not None else value.get("path")
+        value = _stored(value)
     if isinstance(value, bytes):
         return value
     path = _inside(raw, value, root, field)
@@ -150,15 +206,20 @@ def video_of(raw: RawRow, value: Any, root: Path, field: str) -> Path:
     """
     path = _inside(raw, value, root, field)
     if not path.is_file():
-        raise MediaError(f"no file {str(path)!r} but a video is needed ({raw.place}, {field}). Fetch it, or check the folder of videos.")
+        remedy = "Fetch it, or check the folder of videos."
+        raise Fault("video-missing", raw.place, field, f"no file {str(path)!r}", "a video is needed", remedy, media=True).error()
     return path
 
 
 def _inside(raw: RawRow, value: Any, root: Path | None, field: str) -> Path:
     text = typed(raw, value, str, field, "the path of a file")
     if root is None:
-        raise RecordError(f"the path {text!r} but rows of this file carry their bytes ({raw.place}, {field}). Name the folder of images.")
-    return resolve_inside(Path(text), root, f"{raw.place}, {field}")
+        expected, remedy = "rows of this file carry their bytes", "Name the folder of images."
+        raise Fault("image-path", raw.place, field, f"the path {text!r}", expected, remedy).error()
+    try:
+        return resolve_inside(Path(text), root, f"{raw.place}, {field}")
+    except MediaError as error:
+        raise from_error(error, "path-outside", raw.place, field).error() from error
 
 
 def exchanges(raw: RawRow, field: str = "conversations") -> tuple[Turn, ...]:
@@ -171,10 +232,12 @@ def exchanges(raw: RawRow, field: str = "conversations") -> tuple[Turn, ...]:
     for number, (role, _) in enumerate(said):
         expected = ("user", "assistant")[number % 2]
         if role != expected:
-            remedy = "Alternate human and gpt, human first."
-            raise RecordError(f"a turn of the {role} but one of the {expected} is expected ({raw.place}, {field}[{number}]). {remedy}")
+            code = "assistant-first" if (number, role) == (0, "assistant") else "roles-repeat"
+            found, wanted, remedy = f"a turn of the {role}", f"one of the {expected} is expected", "Alternate human and gpt, human first."
+            raise Fault(code, raw.place, f"{field}[{number}]", found, wanted, remedy).error()
     if len(said) % 2:
-        raise RecordError(f"{len(said)} turns but an answer to each question is needed ({raw.place}, {field}). Add the last answer.")
+        wanted = "an answer to each question is needed"
+        raise Fault("no-answer", raw.place, field, f"{len(said)} turns", wanted, "Add the last answer.").error()
     return tuple(Turn(said[number][1], said[number + 1][1]) for number in range(0, len(said), 2))
 
 
@@ -197,23 +260,26 @@ def frames_of(raw: RawRow, value: Any, root: Path, field: str) -> Path:
     """
     path = _inside(raw, value, root, field)
     if not path.is_dir():
-        raise MediaError(f"no folder {str(path)!r} but one of frames is needed ({raw.place}, {field}). Unpack its archive.")
+        found, expected = f"no folder {str(path)!r}", "one of frames is needed"
+        raise Fault("video-missing", raw.place, field, found, expected, "Unpack its archive.", media=True).error()
     return path
 
 
-def open_records(files: Sequence[Path], root: Path | None, name: str) -> Rows:
-    """The rows of files, one after the other; a file that is broken as a whole is refused now.
+def open_records(files: Sequence[Path], root: Path | None, name: str, *, whole_files: bool = True) -> Rows:
+    """The rows of files, one after the other.
 
     Args:
         files: of any kind that `open_rows` knows.
         root: the folder to which paths in them are relative; None where rows carry their bytes.
         name: how tables and errors call them.
+        whole_files: refuse a file that is broken as a whole now; off for checks, which tell it with all else that is wrong.
 
     Raises:
         RecordError: a file cannot be read, is cut off, or holds no rows.
     """
-    rows = open_rows(files, image_root=root, name=name)
-    refuse_broken_files(rows)
+    rows = open_rows(files, image_root=root, name=name, progress=True)
+    if whole_files:
+        refuse_broken_files(rows)
     return rows
 
 

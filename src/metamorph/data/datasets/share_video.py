@@ -27,6 +27,7 @@ def source(
     stored_fps: float = 2.0,
     fps: float = 1.0,
     max_frames: int = MAX_FRAMES,
+    whole_files: bool = True,
 ) -> PublishedSource:
     """Questions about videos, of `ShareGPTVideo/train_video_and_instruction` with its archives of frames unpacked.
 
@@ -38,6 +39,7 @@ def source(
         stored_fps: how many frames per second the publishers took.
         fps: how many of them are shown.
         max_frames: at most so many, the first ones.
+        whole_files: refuse a file of records that is cut off, empty or in another encoding; off to look at what is left of it.
 
     Raises:
         RecordError: a file is missing or holds no rows.
@@ -47,7 +49,7 @@ def source(
     if not 0 < fps <= stored_fps:
         raise ConfigError(f"fps {fps} but a number above 0 and at most stored_fps {stored_fps} is needed ({name}). Lower it.")
     shown = folder(root / frames, holds="a folder of frames for each video")
-    rows = open_records(existing([root / file for file in files], holds="a file of records"), shown, name)
+    rows = open_records(existing([root / file for file in files], holds="a file of records"), shown, name, whole_files=whole_files)
     sampling = VideoSampling(fps=fps, max_frames=max_frames)
     return PublishedSource(rows, partial(convert, root=shown, sampling=sampling, stored_fps=stored_fps, name=name), name)
 

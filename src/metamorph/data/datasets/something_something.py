@@ -28,6 +28,7 @@ def source(
     max_frames: int = MAX_FRAMES,
     variants: Sequence[str] | None = None,
     seed: int = 0,
+    whole_files: bool = True,
 ) -> PublishedSource:
     """Clips of Something-Something V2: one a video, at a random interval, some frames shown and others to be drawn.
 
@@ -40,6 +41,7 @@ def source(
         max_frames: at most so many of a clip.
         variants: the tasks; by default all.
         seed: of intervals, tasks and wording.
+        whole_files: refuse a file of records that is cut off, empty or in another encoding; off to look at what is left of it.
 
     Raises:
         RecordError: a file is missing or holds no rows.
@@ -48,7 +50,9 @@ def source(
     root = folder(directory, holds=f"{labels} and {videos}")
     shown = folder(root / videos, holds="the videos")
     sampling, chosen = prediction_settings(max_frames, variants)
-    rows = open_records(existing([root / labels / f"{split}.json" for split in splits], holds="the labels of a part"), shown, name)
+    rows = open_records(
+        existing([root / labels / f"{split}.json" for split in splits], holds="the labels of a part"), shown, name, whole_files=whole_files
+    )
     return PublishedSource(rows, partial(convert, root=shown, sampling=sampling, variants=chosen, name=name), name, seed)
 
 

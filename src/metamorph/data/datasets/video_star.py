@@ -25,6 +25,7 @@ def source(
     name: str = "video_star",
     fps: float = 1.0,
     max_frames: int = MAX_FRAMES,
+    whole_files: bool = True,
 ) -> PublishedSource:
     """Questions about videos, of `orrzohar/Video-STaR`.
 
@@ -35,6 +36,7 @@ def source(
         name: how tables and errors call the source.
         fps: frames per second that are shown.
         max_frames: at most so many, the first ones.
+        whole_files: refuse a file of records that is cut off, empty or in another encoding; off to look at what is left of it.
 
     Raises:
         RecordError: a file is missing or holds no rows.
@@ -42,7 +44,7 @@ def source(
     """
     root = folder(directory, holds=", ".join(files))
     shown = folder(videos, holds="the videos") if videos is not None else root
-    rows = open_records(existing([root / file for file in files], holds="a file of records"), shown, name)
+    rows = open_records(existing([root / file for file in files], holds="a file of records"), shown, name, whole_files=whole_files)
     return PublishedSource(rows, partial(convert, root=shown, sampling=VideoSampling(fps=fps, max_frames=max_frames), name=name), name)
 
 

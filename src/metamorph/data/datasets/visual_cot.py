@@ -38,6 +38,7 @@ def source(
     asked_share: float = ASKED_SHARE,
     padding: float = 0.0,
     seed: int = 0,
+    whole_files: bool = True,
 ) -> PublishedSource:
     """Questions about images, answered by the key region and then in words, of `deepcs233/Visual-CoT` with its images unpacked.
 
@@ -48,12 +49,13 @@ def source(
         asked_share: how often the question asks to think visually.
         padding: how much wider than its box a region is cut; the authors' code cuts exactly.
         seed: of the wording.
+        whole_files: refuse a file of records that is cut off, empty or in another encoding; off to look at what is left of it.
 
     Raises:
         RecordError: a file is missing or holds no rows.
     """
     root = folder(directory, holds=file)
-    rows = open_records(existing([root / file], holds="the file of records"), root, name)
+    rows = open_records(existing([root / file], holds="the file of records"), root, name, whole_files=whole_files)
     return PublishedSource(rows, partial(convert, root=root, name=name, asked_share=asked_share, padding=padding), name, seed)
 
 
@@ -67,7 +69,7 @@ def convert(
     """
     images = list_field(raw, "image")
     if len(images) != 2:
-        raise RecordError(f"{len(images)} images but 2 are needed ({raw.place}, image): a path, and that path with ###[box]. Correct it.")
+        raise RecordError(f"{len(images)} images but 2 are needed ({raw.place}, image). Name a path, and that path with ###[box].")
     turns = exchanges(raw)
     if len(turns) != 2:
         expected = "2 (the question and its box, the answer)"

@@ -41,6 +41,7 @@ def source(
     name: str = "vstar",
     asked_share: float = ASKED_SHARE,
     seed: int = 0,
+    whole_files: bool = True,
 ) -> PublishedSource:
     """Questions about images, answered by the image with its key objects boxed and named and then in words, of `craigwu/seal_vqa_data`.
 
@@ -51,13 +52,14 @@ def source(
         name: how tables and errors call the source.
         asked_share: how often the question asks to think visually.
         seed: of the wording.
+        whole_files: refuse a file of records that is cut off, empty or in another encoding; off to look at what is left of it.
 
     Raises:
         RecordError: a file is missing or holds no rows.
     """
     root = folder(directory, holds=", ".join(files))
     shown = folder(images, holds="the images") if images is not None else root
-    rows = open_records(existing([root / file for file in files], holds="a file of records"), shown, name)
+    rows = open_records(existing([root / file for file in files], holds="a file of records"), shown, name, whole_files=whole_files)
     return PublishedSource(rows, partial(convert, root=shown, name=name, asked_share=asked_share), name, seed)
 
 
