@@ -71,7 +71,7 @@ def check(
         opened = ((open_file(file), chosen.max_length) for file in files)
     else:
         assert config is not None
-        opened = ((source, max_length or limit) for source, limit in sources_of(config, whole_files=False))
+        opened = ((source, max_length or limit) for source, limit in sources_of(config, whole_files=False, first=sample))
     reports = []
     for source, limit in list(opened):  # all are opened first: a name that is wrong costs no finished report
         with shown_progress(f"Checking {source.name}") as told:

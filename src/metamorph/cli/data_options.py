@@ -121,7 +121,7 @@ def _data_of(config: RunConfig | None) -> list:
     return [data for data in stages if data is not None]
 
 
-def sources_of(config: RunConfig, *, whole_files: bool = True) -> Iterator[tuple[ExampleSource, int]]:
+def sources_of(config: RunConfig, *, whole_files: bool = True, first: int = 0) -> Iterator[tuple[ExampleSource, int]]:
     """Every source of a recipe, once for each limit of length under which it is read.
 
     Args:
@@ -137,7 +137,7 @@ def sources_of(config: RunConfig, *, whole_files: bool = True) -> Iterator[tuple
     for (_, max_length), source in told.items():
         can_be = not whole_files and "whole_files" in signature(load_object(source.source)).parameters
         looser = {"kwargs": {**source.kwargs, "whole_files": False}} if can_be else {}
-        yield load_source(source.model_copy(update=looser)), max_length
+        yield load_source(source.model_copy(update=looser), first), max_length
 
 
 def cores() -> int:

@@ -70,7 +70,7 @@ def show(
     else:
         config = load_run(recipe)
         assert config is not None
-        source, _ = next(sources_of(config))
+        source, _ = next(sources_of(config, first=max(number, *(row or [0])) + 1))
     rows = row or range(min(number, len(source)))
     console.print(
         f"As the processor of {chosen.name} reads it; targets are {_legend(console)}.\n", highlight=False, markup=False, soft_wrap=True

@@ -36,6 +36,7 @@ _CONTAINERS = {
     "TableRows": "Parquet",
     "TarSamples": "WebDataset tar",
     "ChosenRows": "WebDataset tar, filtered",
+    "FirstRows": "first rows of a stream",
 }
 
 Told = Callable[[int, int], None]

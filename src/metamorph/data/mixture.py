@@ -6,7 +6,7 @@ Shuffling is a keyed permutation computed index by index, so that sixteen millio
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Callable, Mapping, Sequence, Sized
+from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Any, Literal, NamedTuple, Protocol, TypeAlias, runtime_checkable
@@ -84,6 +84,17 @@ class Draw(NamedTuple):
     source: int
     index: int
 
+    def reference(self) -> list[int]:
+        """By which `reread` finds it again; plain JSON values."""
+        return list(self)
+
+
+class Share(NamedTuple):
+    """What one rank reads in a step: its draws, of which the last `blanks` are there for their shape only."""
+
+    draws: Sequence[Any]
+    blanks: int
+
 
 class Place(NamedTuple):
     """A place in the order of a mixture: draws made, in all and of each source."""
@@ -102,6 +113,8 @@ class Mixture:
     Raises:
         ConfigError: no sources, two of one name, an empty source, or a number that is not above 0.
     """
+
+    is_of_one_rank = False  # all ranks follow the same order, each a part of it
 
     def __init__(
         self,
@@ -130,6 +143,17 @@ class Mixture:
         if self.order == "epoch":
             number = min(number, self.epochs * self.epoch_length - self._position)
         return [self._next() for _ in range(number)]
+
+    def share(self, number: int, rank: int, world_size: int) -> Share:
+        """A rank's part of the next `number` draws: every `world_size`-th. Ranks at the end of the line may come short by one draw."""
+        draws = self.draw(number)
+        own = draws[rank::world_size]
+        blanks = -(-len(draws) // world_size) - len(own)
+        return Share(own + draws[:blanks], blanks)
+
+    def reread(self, references: Sequence[Sequence[int]]) -> Iterator[Draw]:
+        """Draws that were made before."""
+        return (Draw(*reference) for reference in references)
 
     def example(self, draw: Draw) -> Example:
         """The drawn example, its weight multiplied by its source's `loss_weight`."""
@@ -179,8 +203,7 @@ class Mixture:
         position, self._position = self._position, self._position + 1
         if self.order == "epoch":
             return self._of_epoch(*divmod(position, self.epoch_length))
-        point = _mix(_key(self.seed, position)) / 2**64 * self._cumulative[-1]
-        source = min(bisect_right(self._cumulative, point), len(self.sources) - 1)
+        source = pick(self._cumulative, self.seed, position)
         count, self._counts[source] = self._counts[source], self._counts[source] + 1
         passes, offset = divmod(count, self._lengths[source])
         return Draw(source, shuffled(offset, self._lengths[source], _key(self.seed, source, passes)))
@@ -212,6 +235,12 @@ def mean_length(
     if not lengths:
         raise ConfigError(f"0 usable rows of {sample} but a mean length is needed (source {source.name}). State mean_tokens.")
     return sum(lengths) / len(lengths)
+
+
+def pick(cumulative: Sequence[float], *key: int) -> int:
+    """One of several by chance, which `key` decides, in proportion to weights that are given as their running sums."""
+    point = _mix(_key(*key)) / 2**64 * cumulative[-1]
+    return min(bisect_right(cumulative, point), len(cumulative) - 1)
 
 
 def shuffled(index: int, size: int, key: int) -> int:

@@ -55,7 +55,7 @@ class RowReader(Generic[Item]):
         while True:
             row = Draw(draw.source, (draw.index + len(bad)) % len(source))
             try:
-                return self._encoded(row), tuple(bad)
+                return encoded(self.mixture.example(row), self.encode), tuple(bad)
             except BAD as error:
                 if self.skip is None:
                     raise
@@ -64,14 +64,15 @@ class RowReader(Generic[Item]):
                     found = f"{len(bad)} bad rows one after another, the last: {error}"
                     raise RecordError(f"{found} but at most {self.skip} may be skipped (source {source.name}). Repair them.") from error
 
-    def _encoded(self, draw: Draw) -> Item:
-        example = self.mixture.example(draw)
-        try:
-            return self.encode(example)
-        except MetaMorphError as error:
-            if example.place in str(error):
-                raise
-            raise type(error)(f"{error} [{example.place}]") from error
+
+def encoded(example: Example, encode: Callable[[Example], Item]) -> Item:
+    """An example encoded; an error names its place."""
+    try:
+        return encode(example)
+    except MetaMorphError as error:
+        if example.place in str(error):
+            raise
+        raise type(error)(f"{error} [{example.place}]") from error
 
 
 class BadRecords:

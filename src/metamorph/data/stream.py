@@ -4,6 +4,8 @@ One order, whatever reads it: step s consists of draws s x batch_size ... (s + 1
 every w-th of them, so the union over ranks is what one process would read. All ranks get the same number of micro-batches, as sharded
 models need; where a step does not divide evenly, a rank that comes short repeats an example without targets, which adds exactly 0.
 
+A `StreamedMixture` knows only its own rank's rows: each rank takes batch_size / w of them, and its state is its own.
+
 With `packing`, a batch is stated in rows: rank r packs every w-th draw of the whole order into rows of its own, and a step takes
 batch_size / w of them from each rank, however many draws that are. Every document comes once; towards the end of the last epoch a rank
 that has run out repeats one without targets until the others have, too. What waits to be packed belongs to the state and is read again on
@@ -26,7 +28,8 @@ from metamorph.data.mixture import Draw, Mixture, Place
 from metamorph.data.packing import Packing, RowPacker
 from metamorph.data.prefetching import in_processes, in_thread
 from metamorph.data.skipping import BadRecord, BadRecords, RowReader
-from metamorph.errors import CheckpointError, ConfigError, MetaMorphError
+from metamorph.data.streamed_mixture import StreamedMixture, StreamedPlace, StreamReader
+from metamorph.errors import CheckpointError, ConfigError, MetaMorphError, RecordError
 from metamorph.messages import Example
 
 Item = TypeVar("Item")
@@ -50,7 +53,7 @@ class BatchStream:
     """An iterator over steps; each is the list of this rank's micro-batches (made by `collate`, with their own `target_counts`).
 
     Args:
-        mixture: the order of the examples; the stream takes it over.
+        mixture: the order of the examples; the stream takes it over. Of streams: of this rank.
         encode: an example as what `collate` takes, usually a TokenSequence. Pure: the same example gives the same result.
         batch_size: sequences per step, over all ranks; with `packing`, rows.
         collate: makes a batch of a list of items: `pad`, or `functools.partial(pack, max_length=4096)`; with `packing` of a list of rows,
@@ -73,7 +76,7 @@ class BatchStream:
 
     def __init__(
         self,
-        mixture: Mixture,
+        mixture: Mixture | StreamedMixture,
         encode: Callable[[Example], Any],
         *,
         batch_size: int,
@@ -89,11 +92,13 @@ class BatchStream:
         bad_records: BadRecords | None = None,
         gather: Callable[[Any], list[Any]] = alone,
     ) -> None:
-        _check_sizes(batch_size, micro_batch_size, rank, world_size, packed=packing is not None)
+        self._has_own_state = mixture.is_of_one_rank or packing is not None
+        _check_sizes(batch_size, micro_batch_size, rank, world_size, own=self._has_own_state, packed=packing is not None)
         self._mixture, self._batch_size, self._rank, self._world_size = mixture, batch_size, rank, world_size
         self._workers, self._prefetch, self._packing, self._gather = workers, prefetch, packing, gather
         self.bad_records = bad_records
-        reader = RowReader(mixture, encode, bad_records.limit if bad_records is not None else None)
+        skip = bad_records.limit if bad_records is not None else None
+        reader = StreamReader(mixture.sources, encode, skip) if isinstance(mixture, StreamedMixture) else RowReader(mixture, encode, skip)
         self._steps = _Steps(reader, collate, blank, micro_batch_size, group_by_length)
         self._state: dict[str, Any] = {"step": 0, "mixture": mixture.state_dict()} | ({"waiting": []} if packing is not None else {})
         self._producer: Iterator[_Step | MetaMorphError] | None = None
@@ -128,16 +133,14 @@ class BatchStream:
     def state_dict(self) -> dict[str, Any]:
         """The state after the last step that was handed out, whatever has been read ahead; plain JSON values.
 
-        It is the same on all ranks, except with `packing`: then each knows only its own rows, and all states are needed to go on.
+        It is the same on all ranks, except with `packing` or of streams: then each knows only its own rows, and all states are needed.
         """
-        if self._packing is None:
-            state = self._state
-        else:
-            state = {**self._state, "rank": self._rank, "world_size": self._world_size}
+        ranks = {"rank": self._rank, "world_size": self._world_size} if self._has_own_state else {}
+        state = {**self._state, **ranks}
         return state if self.bad_records is None else {**state, "bad_records": self.bad_records.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on after the step at which the state was taken, be it with other workers or micro-batches; without `packing` also other ranks.
+        """Go on after the step at which the state was taken, be it with other workers, micro-batches or, where states are shared, ranks.
 
         Raises:
             CheckpointError: the state belongs to another mixture, or to other rows: of another rank, or not packed ahead.
@@ -146,8 +149,9 @@ class BatchStream:
         if ("waiting" in state) != (self._packing is not None):
             found, expected = ("rows packed ahead", "draws") if self._packing is None else ("draws", "rows packed ahead")
             raise CheckpointError(f"a state of {found} but this stream has {expected} (resuming the data order). Keep data.batch_unit.")
-        if self._packing is not None and (state["rank"], state["world_size"]) != (self._rank, self._world_size):
-            found = f"rows packed by rank {state['rank']} of {state['world_size']}"
+        if self._has_own_state and (state.get("rank"), state.get("world_size")) != (self._rank, self._world_size):
+            how = "packed" if self._packing is not None else "read"
+            found = f"rows {how} by rank {state.get('rank')} of {state.get('world_size')}"
             raise CheckpointError(
                 f"{found} but this is rank {self._rank} of {self._world_size} (resuming the data order). Resume with as many processes."
             )
@@ -181,20 +185,19 @@ class BatchStream:
                 return in_thread(steps, 1)  # its tensors are fetched from the worker one by one, which takes milliseconds
             steps = map(self._steps.__getitem__, plans)
         else:
-            reads = _reads(self._steps.reader, self._rank, self._world_size, self._state["waiting"], self._workers)
+            reads = _reads(self._steps.reader, self._mixture, self._rank, self._world_size, self._state["waiting"], self._workers)
             rows = self._batch_size // self._world_size
             steps = _packed_steps(self._steps, RowPacker(reads, self._packing), rows, self._mixture, self._state)
         return in_thread(steps, self._prefetch) if self._prefetch else steps
 
 
-def _check_sizes(batch_size: int, micro_batch_size: int | None, rank: int, world_size: int, *, packed: bool) -> None:
+def _check_sizes(batch_size: int, micro_batch_size: int | None, rank: int, world_size: int, *, own: bool, packed: bool) -> None:
     if not 0 <= rank < world_size:
         raise ConfigError(f"rank {rank} but 0 to {world_size - 1} is expected (stream of {world_size} processes). Check the launcher.")
     if batch_size < world_size:
-        what = "row" if packed else "sequence"
-        raise ConfigError(f"batch_size {batch_size} but {world_size} processes (stream). Give every process at least 1 {what}.")
-    if packed and batch_size % world_size:
-        found = f"batch_size {batch_size} in packed rows but {world_size} processes"
+        raise ConfigError(f"batch_size {batch_size} but {world_size} processes (stream). Give every process at least 1 row.")
+    if own and batch_size % world_size:
+        found = f"batch_size {batch_size}{' in packed rows' if packed else ''} but {world_size} processes with rows of their own"
         raise ConfigError(f"{found} need a multiple (stream). Give every process as many rows.")
     if micro_batch_size is not None and micro_batch_size < 1:
         raise ConfigError(f"micro_batch_size {micro_batch_size} but at least 1 is needed (stream). Raise it or use None.")
@@ -204,18 +207,16 @@ def _check_sizes(batch_size: int, micro_batch_size: int | None, rank: int, world
 class _Plan:
     """The draws of one rank in one step, of which the last `blanks` are there for their shape only, and the state after the step."""
 
-    draws: list[Draw]
+    draws: Sequence[Any]
     blanks: int
     state: dict[str, Any]
 
 
-def _plans(mixture: Mixture, batch_size: int, rank: int, world_size: int, step: int) -> Iterator[_Plan]:
+def _plans(mixture: Mixture | StreamedMixture, batch_size: int, rank: int, world_size: int, step: int) -> Iterator[_Plan]:
     """What a rank reads in each step, from the mixture's present position on."""
-    while draws := mixture.draw(batch_size):
+    while (share := mixture.share(batch_size, rank, world_size)).draws:
         step += 1
-        share = draws[rank::world_size]
-        missing = -(-len(draws) // world_size) - len(share)  # ranks at the end of the line come short by at most one
-        yield _Plan(share + draws[:missing], missing, {"step": step, "mixture": mixture.state_dict()})
+        yield _Plan(share.draws, share.blanks, {"step": step, "mixture": mixture.state_dict()})
 
 
 @dataclass(frozen=True)
@@ -230,7 +231,7 @@ class _Step:
 class _Steps(Dataset, Generic[Item]):
     """From plans to steps; goes to worker processes as a whole."""
 
-    reader: RowReader[Item]
+    reader: RowReader[Item] | StreamReader[Item]
     collate: Callable[[Sequence[Any]], Any]
     blank: Callable[[Item], Item]
     micro_batch_size: int | None
@@ -240,12 +241,15 @@ class _Steps(Dataset, Generic[Item]):
         """The step, or what is wrong with it: a returned error keeps its type and message on the way between processes."""
         try:
             reads = [self.reader.read(draw) for draw in plan.draws]
-            items = [item for item, _ in reads]
+            items = [item for item, _ in reads if item is not None]
+            bad = tuple(record for _, records in reads for record in records)
+            if not items:
+                raise RecordError(f"{len(bad)} rows of a step, none of which can be used; the last: {bad[-1].error} Repair the data.")
             real = len(items) - plan.blanks
             items[real:] = [self.blank(item) for item in items[real:]]
             if self.group_by_length:
                 items.sort(key=lambda item: -len(item))  # pyright: ignore[reportArgumentType]
-            return _Step(self.batches(items), plan.state, tuple(record for _, bad in reads for record in bad))
+            return _Step(self.batches(items), plan.state, bad)
         except MetaMorphError as error:
             return error
 
@@ -259,8 +263,8 @@ class _Steps(Dataset, Generic[Item]):
 class _Read(Generic[Item]):
     """A draw and what it gave, an item or an error; and the place of the order after it."""
 
-    draw: Draw
-    place: Place | None  # None: it waited already when the state was taken
+    reference: list[Any]  # of the draw
+    place: Place | StreamedPlace | None  # None: it waited already when the state was taken
     item: Item | None = None
     bad: tuple[BadRecord, ...] = ()
     error: MetaMorphError | None = None
@@ -278,42 +282,54 @@ class _Read(Generic[Item]):
 class _Reading(Dataset, Generic[Item]):
     """Reads a few draws at a time; goes to worker processes as a whole."""
 
-    reader: RowReader[Item]
+    reader: RowReader[Item] | StreamReader[Item]
 
-    def __getitem__(self, draws: Sequence[tuple[Draw, Place | None]]) -> list[_Read[Item]]:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def __getitem__(self, draws: Sequence[tuple[Any, Any]]) -> list[_Read[Item]]:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Each draw's item, or its error: one bad row does not keep those before it from being packed."""
         return [self._read(draw, place) for draw, place in draws]
 
-    def _read(self, draw: Draw, place: Place | None) -> _Read[Item]:
+    def _read(self, draw: Any, place: Any) -> _Read[Item]:
         try:
-            return _Read(draw, place, *self.reader.read(draw))
+            return _Read(draw.reference(), place, *self.reader.read(draw))
         except MetaMorphError as error:
-            return _Read(draw, place, error=error)
+            return _Read(draw.reference(), place, error=error)
 
 
-def _reads(reader: RowReader[Item], rank: int, world_size: int, waiting: list[list[int]], workers: int) -> Iterator[_Read[Item]]:
+def _reads(
+    reader: RowReader[Item] | StreamReader[Item],
+    mixture: Mixture | StreamedMixture,
+    rank: int,
+    world_size: int,
+    waiting: list[list[Any]],
+    workers: int,
+) -> Iterator[_Read[Item]]:
     """A rank's draws, read: first those that waited to be packed, then from the mixture's present position on."""
-    draws = chain(((Draw(*one), None) for one in waiting), _share(reader.mixture, rank, world_size))
+    draws = chain(((draw, None) for draw in mixture.reread(waiting)), _share(mixture, rank, world_size))
     if workers:
         chunks = iter(lambda: list(islice(draws, _CHUNK)), [])
         found = map(_with_own_memory, chain.from_iterable(in_processes(_Reading(reader), chunks, workers, _CHUNKS_AHEAD)))
     else:
         found = (read for one in draws for read in _Reading(reader)[[one]])
+    bad: tuple[BadRecord, ...] = ()
     for read in found:
         if read.error is not None:
             raise read.error
-        yield read
+        bad += read.bad
+        if read.item is not None:  # else it was left out, and the next one tells of it
+            yield replace(read, bad=bad)
+            bad = ()
 
 
-def _share(mixture: Mixture, rank: int, world_size: int) -> Iterator[tuple[Draw, Place]]:
-    """Every `world_size`-th draw, and the place after it and its neighbours."""
-    while draws := mixture.draw(world_size):
-        if rank < len(draws):
-            yield draws[rank], mixture.place
+def _share(mixture: Mixture | StreamedMixture, rank: int, world_size: int) -> Iterator[tuple[Any, Place | StreamedPlace]]:
+    """A rank's part of every `world_size` draws, and the place after them."""
+    while not (share := mixture.share(world_size, rank, world_size)).blanks:
+        if not share.draws:
+            return
+        yield share.draws[0], mixture.place
 
 
 def _packed_steps(
-    steps: _Steps[Item], packer: RowPacker[_Read[Item]], rows: int, mixture: Mixture, state: Mapping[str, Any]
+    steps: _Steps[Item], packer: RowPacker[_Read[Item]], rows: int, mixture: Mixture | StreamedMixture, state: Mapping[str, Any]
 ) -> Iterator[_Step]:
     """Steps of so many rows, as long as there are documents; then blank ones without end, for other ranks may have more."""
     number, place, last = state["step"], state["mixture"], None
@@ -326,12 +342,12 @@ def _packed_steps(
             break
         number, last = number + 1, step[0][0].item
         reached = [read.place for read in fresh if read.place is not None]
-        place = mixture.state_dict(max(reached)) if reached else place
+        place = mixture.state_dict(max(reached)) if reached else place  # pyright: ignore[reportArgumentType]  # of one kind
         bad = tuple(record for read in fresh for record in read.bad)
-        waiting = [list(read.draw) for read in packer.waiting]
+        waiting = [read.reference for read in packer.waiting]
         batches = steps.batches([[read.item for read in row] for row in step])
         yield _Step(batches, {"step": number, "mixture": place, "waiting": waiting}, bad)
-    template = steps.reader.read(Draw(0, 0))[0] if last is None else last
+    template: Any = steps.reader.read(Draw(0, 0))[0] if last is None else last  # pyright: ignore[reportArgumentType]  # streams never end
     blank = _Step([steps.collate([[steps.blank(template)]])], {"step": number, "mixture": place, "waiting": []}, is_blank=True)
     while True:
         number += 1

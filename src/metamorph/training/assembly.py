@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from importlib import import_module
@@ -22,6 +22,7 @@ from metamorph.data.mixture import ExampleSource, Mixture, WeightedSource, mean_
 from metamorph.data.packing import Packing
 from metamorph.data.skipping import BAD, BadRecords
 from metamorph.data.stream import BatchStream
+from metamorph.data.streamed_mixture import StreamedMixture, StreamedSource, WeightedStream
 from metamorph.data.token_store import TokenStore
 from metamorph.errors import CheckpointError, ConfigError
 from metamorph.losses import LossTerm
@@ -77,21 +78,39 @@ def build_encoder(data: DataConfig, processor: MetaMorphProcessor) -> ExampleEnc
     return ExampleEncoder(processor, data.max_length, data.too_long)
 
 
-def build_mixture(data: DataConfig, seed: int, encode: ExampleEncoder | None = None) -> Mixture:
+def build_mixture(data: DataConfig, seed: int, encode: ExampleEncoder | None = None) -> Mixture | StreamedMixture:
     """The order over the rows of all sources. `encode` measures mean lengths, where weights are shares of tokens.
 
     Raises:
-        ConfigError: a source cannot be found or called, or is empty; a mean length is needed, neither stated nor to be measured.
+        ConfigError: a source cannot be found or called, or is empty; a mean length is needed, neither stated nor to be measured; streams
+            beside other sources, or with settings that need rows by number.
         MetaMorphError: a row on which a length is measured cannot be used.
     """
+    found = [_load(config) for config in data.sources]
+    if any(isinstance(source, StreamedSource) for source in found):
+        return _mixture_of_streams(data, seed, found)
     sources = []
-    for config in data.sources:
-        source = load_source(config)
+    for config, source in zip(data.sources, found, strict=True):
         weight = config.weight / (_mean_tokens(config, source, data, encode) if data.weight_unit == "tokens" else 1)
         sources.append(
             WeightedSource(source, weight, repeats=config.repeats, loss_weight=config.loss_weight, max_examples=config.max_examples)
         )
     return Mixture(sources, seed=seed, order=data.order, epochs=data.epochs)
+
+
+def _mixture_of_streams(data: DataConfig, seed: int, found: Sequence[Any]) -> StreamedMixture:
+    streams = []
+    for config, source in zip(data.sources, found, strict=True):
+        if not isinstance(source, StreamedSource):
+            refused = f"{source.name} and a stream but their rows come either by number or in streams"
+            raise ConfigError(f"{refused} (data.sources). Stream both (metamorph.data.streamed_mixture.stream_source), or download both.")
+        if data.order == "epoch" or config.max_examples is not None:
+            asked = f"max_examples={config.max_examples}" if data.order != "epoch" else "order='epoch'"
+            raise ConfigError(f"{asked} but a stream has no number of rows ({source.name}). Use order: infinite, and set steps.")
+        if data.weight_unit == "tokens" and config.mean_tokens is None:
+            raise ConfigError(f"no mean_tokens but weight_unit=tokens needs one ({source.name}). A stream is not measured: state it.")
+        streams.append(WeightedStream(source, config.weight / (config.mean_tokens or 1), config.loss_weight))
+    return StreamedMixture(streams, seed=seed, rank=rank(), world_size=world_size())
 
 
 def _mean_tokens(config: SourceConfig, source: ExampleSource, data: DataConfig, encode: ExampleEncoder | None) -> float:
@@ -102,13 +121,13 @@ def _mean_tokens(config: SourceConfig, source: ExampleSource, data: DataConfig, 
     return mean_length(source, encode, data.token_sample, leave_out=BAD if data.on_bad_record == "skip" else ())
 
 
-def resolve_steps(training: TrainingConfig, mixture: Mixture) -> TrainingConfig:
+def resolve_steps(training: TrainingConfig, mixture: Mixture | StreamedMixture) -> TrainingConfig:
     """The settings with the number of steps that the epochs of the data give, where none is set; a last, smaller step included.
 
     Raises:
         ConfigError: more steps are set than there are.
     """
-    if mixture.order != "epoch":
+    if isinstance(mixture, StreamedMixture) or mixture.order != "epoch":
         return training
     available = -(-mixture.epochs * mixture.epoch_length // training.batch_size)
     if training.steps > available:
@@ -120,7 +139,7 @@ def resolve_steps(training: TrainingConfig, mixture: Mixture) -> TrainingConfig:
 def build_stream(
     data: DataConfig,
     training: TrainingConfig,
-    mixture: Mixture,
+    mixture: Mixture | StreamedMixture,
     processor: MetaMorphProcessor,
     cache: EncoderCache | TokenStore | None = None,
     *,
@@ -253,14 +272,24 @@ def build_decoder_stream(config: DecoderConfig, training: TrainingConfig, encode
     return DecoderStream(lambda step: [make(step) for make in makers])
 
 
-def load_source(config: SourceConfig) -> ExampleSource:
-    """Call what the dotted path names.
+def load_source(config: SourceConfig, first: int = 0) -> ExampleSource:
+    """Call what the dotted path names. Of a stream only its `first` rows, if any, are given, for they alone can be asked for by number.
 
     Raises:
-        ConfigError: it cannot be found or called with these arguments, or does not return an ExampleSource.
+        ConfigError: it cannot be found or called with these arguments, or does not return an ExampleSource; or it is a stream, and no
+            first rows are enough.
     """
+    source = _load(config)
+    if not isinstance(source, StreamedSource):
+        return source
+    if not first:
+        raise ConfigError(f"a stream but rows by number are needed ({source.name}). Download it: metamorph.data.source.open_source.")
+    return source.head(first)
+
+
+def _load(config: SourceConfig) -> Any:
     source = _call(config)
-    if not isinstance(source, ExampleSource):
+    if not isinstance(source, ExampleSource | StreamedSource):
         raise ConfigError(
             f"{type(source).__name__} but an ExampleSource was expected ({config.source}). Return one with name, len and [i]."
         )

@@ -11,10 +11,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from metamorph.data.mixture import Draw, Mixture
-from metamorph.data.skipping import BAD
+from metamorph.data.mixture import Mixture
+from metamorph.data.skipping import BAD, encoded
+from metamorph.data.streamed_mixture import StreamedMixture, StreamedSource
 from metamorph.errors import CheckpointError, MetaMorphError
-from metamorph.messages import Example
 from metamorph.training.assembly import TokenEncoder, build_decoder_stream, build_encoder, build_mixture, check_start, resolve_steps
 from metamorph.training.config import DecoderConfig, ModelConfig, RunConfig, StageConfig
 
@@ -95,32 +95,28 @@ def _not_opened(error: Exception, why_not: str) -> str:
 
 
 def _told(
-    mixture: Mixture, number: int, encode: Callable[[Any], Any] | None, why_not: str, passed_over: tuple[type[MetaMorphError], ...]
+    mixture: Mixture | StreamedMixture,
+    number: int,
+    encode: Callable[[Any], Any] | None,
+    why_not: str,
+    passed_over: tuple[type[MetaMorphError], ...],
 ) -> str:
     """A sentence on one source; its first rows are read, and encoded where that is possible."""
     source = mixture.sources[number].source
-    counted = f"{source.name}: {len(source):,} rows"
+    is_stream = isinstance(source, StreamedSource)
+    counted = f"{source.name}: {'a stream' if is_stream else f'{len(source):,} rows'}"
     if encode is None:
         return f"{counted}, not encoded: {why_not}"
+    rows = source.head(FIRST) if is_stream else source
     lengths, bad = [], 0
-    for index in range(min(FIRST, len(source))):
+    for index in range(min(FIRST, len(rows))):
         try:
-            lengths.append(_length(mixture.example(Draw(number, index)), encode))
+            lengths.append(len(encoded(rows[index], encode)))
         except passed_over:
             bad += 1
     unusable = f"{bad} of the first {bad + len(lengths)} cannot be used and would be skipped"
     usable = f"the first {len(lengths)} were encoded: at most {max(lengths, default=0)} positions"
     return f"{counted}; {unusable if bad else usable}"
-
-
-def _length(example: Example, encode: Callable[[Any], Any]) -> int:
-    """Positions of an example; an error names its place, as it does in the run."""
-    try:
-        return len(encode(example))
-    except MetaMorphError as error:
-        if example.place in str(error):
-            raise
-        raise type(error)(f"{error} [{example.place}]") from error
 
 
 @dataclass(frozen=True)
