@@ -64,6 +64,7 @@ def test_ranks_together_draw_every_row_once_an_epoch(files, world_size):
     names = [[draw.row.values["id"] for draw in chain(*draws)] for draws in (first, second)]
     assert sorted(names[0]) == sorted(names[1]) == sorted(f"a-{index}" for index in range(30))
     assert names[0] != names[1]
+    assert sorted(draw.number for draw in chain(*first)) == list(range(30))  # bad rows of two ranks are never taken for one
 
 
 def test_draws_follow_the_weights(files):

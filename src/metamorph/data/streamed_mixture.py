@@ -152,7 +152,7 @@ class StreamedDraw(NamedTuple):
 
     source: int
     number: int
-    """How many rows of the source this rank had read before."""
+    """Which row of the source, were those that all ranks have read laid out in turn: no two draws of a source have the same."""
     row: RawRow
     after: dict[str, Any]
     """The state of the source's rows behind it."""
@@ -261,7 +261,8 @@ class StreamedMixture:
         for _ in range(3):  # an epoch may end here; and one that a state left behind its last row ends at once
             row = next(self._iterators[source], None)
             if row is not None:
-                number, self._counts[source] = self._counts[source], self._counts[source] + 1
+                count, self._counts[source] = self._counts[source], self._counts[source] + 1
+                number = count * self.world_size + self.rank
                 return StreamedDraw(source, number, row, self._rows[source].state_dict())
             self._iterators[source] = iter(self._rows[source])
         place = f"{self.sources[source].source.name}, rank {self.rank} of {self.world_size}"

@@ -1,9 +1,9 @@
 """Rows in a stream, through Hugging Face `datasets`: for what is too large to be downloaded, read from the hub or from local shards.
 
 What it can do: give every row once per epoch, shuffled by a seed, shared out over ranks and worker processes, and go on exactly where a
-saved state was taken. What it cannot: say how many rows there are, read one again, or be drawn from by weight. So it is no source of a
-`Mixture`; who trains from it states the number of steps; a check sees no more than the rows that it reads; and a state belongs to the rank
-that saved it, of as many ranks. Where the disk is large enough, `open_rows` has none of these limits.
+saved state was taken. What it cannot: say how many rows there are, or give one by its number. So it is no source of a `Mixture`; recipes
+train from it by `streamed_mixture.py`, for a stated number of steps; a check sees the first rows only; and a state belongs to the rank that
+saved it, of as many ranks. Where the disk is large enough, `open_rows` has none of these limits.
 
 Shuffling is by blocks: shards in an order of the seed, and within each run of `block` rows a permutation. `datasets` itself shuffles
 through a buffer whose rows are lost when it resumes; a block is read again from its beginning, at most `block` rows, and nothing is lost.
