@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -172,11 +173,12 @@ def _filtered(rows: Rows, kept: PairFilter, name: str) -> Rows:
     """The pairs that a filter keeps."""
     tars = [part for part in (rows.parts if isinstance(rows, ConcatenatedRows) else (rows,)) if isinstance(part, TarSamples)]
     sizes = [tar.path.stat().st_size for tar in tars]
-    chosen: list[ChosenRows] = []
+    found: dict[int, ChosenRows] = {}
     with shown(f"the texts of {name}", sum(sizes), True) as advance:
-        for tar, size in zip(tars, sizes, strict=True):
-            chosen.append(ChosenRows(tar, kept))
-            advance(size)
+        for number in np.random.default_rng(os.getpid()).permutation(len(tars)).tolist():  # processes that begin at once share the work
+            found[number] = ChosenRows(tars[number], kept)
+            advance(sizes[number])
+    chosen = [found[number] for number in range(len(tars))]
     left_out = sum((Counter(part.left_out) for part in chosen), Counter())
     if left_out:
         counts = ", ".join(f"{rule} {number}" for rule, number in sorted(left_out.items()))
