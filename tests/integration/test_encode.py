@@ -21,9 +21,11 @@ from tests.tiny import save_parts
 from typer.testing import CliRunner
 
 from metamorph.cli.data_encode import encode as data_encode
+from metamorph.cli.main import app
+from metamorph.data.broken_images import BROKEN, BrokenImages
 from metamorph.data.source import open_source
 from metamorph.data.token_store import TokenStore, shard_files
-from metamorph.errors import ConfigError
+from metamorph.errors import ConfigError, MediaError
 from metamorph.media import image_hash
 from metamorph.messages import ImagePart
 from metamorph.model.encoder_files import encoder_of_model
@@ -139,6 +141,64 @@ def test_an_image_that_was_not_encoded_stops_training_even_where_bad_rows_are_sk
         run(settings(parts, tmp_path / "run", encoded=str(tmp_path / "store"), on_bad_record="skip"), tracker=quiet)
 
 
+def asked(path: Path, names: list[str]) -> Path:
+    """Rows that ask about one image each; those that are not there yet are drawn, each in a colour of its own."""
+    for name in names:
+        if not (path.parent / name).exists():
+            Image.new("RGB", (16, 16), (int(name[0]) * 20, 90, 200)).save(path.parent / name)
+    turns = ({"role": "user", "content": "<image>red?"}, {"role": "assistant", "content": "yes"})
+    path.write_text("".join(json.dumps({"images": [name], "messages": turns}) + "\n" for name in names))
+    return path
+
+
+def test_an_image_that_encoding_found_broken_is_a_bad_row_and_one_that_nobody_encoded_is_not(parts, tmp_path):
+    (tmp_path / "cut.png").write_bytes(Path(asked(tmp_path / "one.jsonl", ["0.png"]).parent / "0.png").read_bytes()[:-30])
+    rows, store = asked(tmp_path / "rows.jsonl", ["0.png", "1.png", "cut.png", "3.png"]), str(tmp_path / "store")
+    source = SourceConfig(source="metamorph.data.source.open_source", kwargs={"path": str(rows)})
+    assert encode(model(parts), [load_source(source)], Path(store)).broken == 1
+    told = {"sources": (source,), "encoded": store}
+    with pytest.raises(MediaError, match=rf"does not decode .* \({rows}:3, {tmp_path}/cut\.png\)\. .*metamorph data encode"):
+        run(settings(parts, tmp_path / "raise", **told), tracker=quiet)
+    run(settings(parts, tmp_path / "skip", **told, on_bad_record="skip", max_bad_records=1), tracker=quiet)
+    passed = [json.loads(line) for line in (tmp_path / "skip/bad_records.jsonl").read_text().splitlines()]
+    assert {(one["source"], one["index"]) for one in passed} == {("rows", 2)} and "does not decode" in passed[0]["error"]
+    assert column(tmp_path / "skip", "bad_records/rows")[-1] == 1
+    asked(rows, ["0.png", "1.png", "cut.png", "4.png"])
+    with pytest.raises(ConfigError, match=rf"4\.png .*only the 3 images .*\({rows}:4\)"):
+        run(settings(parts, tmp_path / "unknown", **told, on_bad_record="skip"), tracker=quiet)
+
+
+def test_broken_images_are_remembered_whatever_is_encoded_later(parts, rows, tmp_path):
+    out, source = tmp_path / "out", open_source(rows, needs_answer=False)
+    found = []
+    for sources in ([source], [source], [load_source(DRAWINGS)]):
+        encode(model(parts), sources, out, round_size=4)
+        found.append((out / BROKEN).read_text())
+    assert not (out / "faults.txt").exists() and found[0] == found[1] == found[2]
+    cut = rows.parent / "cut.png"
+    assert json.loads(found[0])["image"] == image_hash(cut).hex()  # one line, although two rows show it
+    with pytest.raises(MediaError, match=r"does not decode .*\(here, .*cut\.png\)"):
+        TokenStore(out).of_image(cut, "here")
+
+
+def test_an_image_that_decodes_after_all_is_read(parts, rows, tmp_path):
+    out, source = tmp_path / "out", open_source(rows, needs_answer=False)
+    files = encoder_of(model(parts))
+
+    def older(part):
+        """A library that cannot read one of the pictures."""
+        if part.image.name == "7.png":
+            raise MediaError("an image that this library cannot read but another is needed (7.png). Take a later one.")
+        return files.processor.prepare_image(part)
+
+    encode_images([source], files.load(), older, spec_of(files), out)
+    with pytest.raises(MediaError, match="this library cannot read"):
+        TokenStore(out).of_image(rows.parent / "7.png", "here")
+    assert encode(model(parts), [source], out).encoded == 1
+    assert TokenStore(out).of_image(rows.parent / "7.png", "here").shape == (4, 24)
+    assert image_hash(rows.parent / "7.png") in BrokenImages(out).faults  # still written down there, but the index is asked first
+
+
 def test_all_stages_read_a_store_or_none_does(parts, tmp_path):
     config = settings(parts, tmp_path)
     with pytest.raises(ConfigError, match="either all stages read encoded data or none"):
@@ -237,9 +297,9 @@ def test_what_was_encoded_before_a_stop_is_kept(parts, rows, tmp_path):
 @pytest.fixture
 def command():
     """`metamorph data encode`, alone."""
-    app = typer.Typer()
-    app.command()(data_encode)
-    return lambda *arguments: CliRunner().invoke(app, [str(argument) for argument in arguments])
+    alone = typer.Typer()
+    alone.command()(data_encode)
+    return lambda *arguments: CliRunner().invoke(alone, [str(argument) for argument in arguments])
 
 
 @pytest.fixture
@@ -263,10 +323,31 @@ def test_the_command_names_what_is_broken_and_encodes_the_rest(command, rows, sa
         assert any(place in line and words in line for line in result.output.splitlines()), (place, result.output)
     assert "16 of 16 rows, 14 images" in result.output and "4 broken" in result.output
     assert "4 visual tokens of width 24 per image" in result.output and f"--set data.encoded={out}" in result.output
-    assert len((out / "faults.txt").read_text().splitlines()) == 4
+    faults = (out / "faults.txt").read_text().splitlines()
+    assert all(fault in result.output for fault in faults)
+    cut, none = (str(rows.parent / name) for name in ("cut.png", "none.png"))
+    expected = [
+        f"{rows}:6: ",
+        rf"{rows}:14 image 1: an image that does not decode \(.*\) in '{cut}' but a whole file is needed\. Fetch it again\.",
+        rf"{rows}:15 image 1: a file that cannot be read \(.*\) in '{none}' but an image is needed\.",
+        rf"{rows}:16 image 1: an image that does not decode",
+    ]
+    assert len(faults) == 4 and all(any(re.match(line, fault) for fault in faults) for line in expected), faults
     assert len(TokenStore(out)) == 10
     again = command(rows, "--model", saved, "--out", out, "--dtype", "float32")
     assert isinstance(again.exception, ConfigError) and "a store of bfloat16 but float32" in str(again.exception)
+
+
+def test_a_malformed_row_is_named_as_data_check_names_it(command, saved, tmp_path):
+    good, bad = ({"messages": [{"role": role, "content": "hello"} for role in roles]} for roles in (("user", "assistant"), ("user", "gtp")))
+    file = tmp_path / "rows.jsonl"
+    file.write_text(f"{json.dumps(good)}\n{json.dumps(bad)}\n")
+    checked = CliRunner().invoke(app, ["data", "check", str(file)])
+    result = command(file, "--model", saved, "--out", tmp_path / "out", "--device", "cpu")
+    assert result.exit_code == 1
+    (fault,) = (tmp_path / "out/faults.txt").read_text().splitlines()
+    assert fault.startswith(f"{file}:2 messages[1].role: ")
+    assert fault in checked.output and fault in result.output
 
 
 def test_the_command_takes_a_recipes_encoder_and_sources(command, parts, tmp_path):
@@ -327,6 +408,8 @@ def test_two_processes_encode_each_image_once_and_alike(parts, rows, tmp_path):
     for number in range(10):
         key = image_hash(rows.parent / f"{number}.png")
         assert torch.allclose(one[key], two[key], atol=1e-6)
+    written = [(tmp_path / f"out{number}" / BROKEN).read_text() for number in (1, 2)]
+    assert written[0] == written[1] and len(written[1].splitlines()) == 1  # one process writes
 
 
 @pytest.mark.slow

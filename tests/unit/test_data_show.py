@@ -101,7 +101,7 @@ def test_the_command_shows_rows_and_names_those_that_cannot_be_used(tmp_path: Pa
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory):
     """Pictures and clips of planted rows; Arrow files of `datasets` go there as well."""
-    import datasets
+    import datasets.config
 
     folder = tmp_path_factory.mktemp("layouts")
     with pytest.MonkeyPatch.context() as patch:

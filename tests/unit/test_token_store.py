@@ -12,6 +12,8 @@ import torch
 from PIL import Image
 
 from metamorph.data import token_store
+from metamorph.data.broken_images import BROKEN, BrokenImages
+from metamorph.data.faults import Fault
 from metamorph.data.token_store import (
     INDEX,
     KeySet,
@@ -246,3 +248,56 @@ def test_an_image_that_is_not_there_is_an_error_with_place_and_remedy(pictures, 
     gone = Example((Message.user(Path(tmp_path / "gone.png")), Message.assistant("yes")), "1", "test")
     with pytest.raises(MediaError, match="No such file"):
         store.replace_images(gone)
+
+
+def broken(found="an image that does not decode", code="image-broken"):
+    return Fault(code, "", "", found, "a whole file is needed", "Fetch it again.", media=True)
+
+
+def test_a_broken_image_is_a_fault_of_the_row_and_of_no_other_image(pictures, tmp_path):
+    store, path, image = pictures
+    image.save(tmp_path / "b.bmp")
+    image.save(tmp_path / "c.gif")
+    BrokenImages(tmp_path / "store").add({image_hash(tmp_path / "b.bmp"): broken(), image_hash(path): broken()})
+    example = Example((Message.user(tmp_path / "b.bmp"), Message.assistant("yes")), "1", "test", origin="rows.jsonl:3")
+    with pytest.raises(MediaError) as caught:
+        store.replace_images(example)
+    remedy = "Fetch it again. Then encode the data again: metamorph data encode."
+    said = "an image that does not decode but a whole file is needed"
+    assert str(caught.value) == f"{said} (rows.jsonl:3, {tmp_path / 'b.bmp'}). {remedy}"
+    assert caught.value.fault == ("image-broken", *said.split(" but "), remedy)
+    assert torch.equal(store.of_image(path, "here"), tokens(2)[0])  # what has tokens is not broken
+    with pytest.raises(ConfigError, match="only the 2 images"):
+        store.of_image(tmp_path / "c.gif", "here")
+
+
+def test_the_list_of_broken_images_is_read_at_the_first_miss_and_not_pickled(pictures, tmp_path):
+    store, path, image = pictures
+    image.save(tmp_path / "b.bmp")
+    listing = tmp_path / "store" / BROKEN
+    BrokenImages(tmp_path / "store").add({image_hash(tmp_path / "b.bmp"): broken()})
+    kept = listing.read_bytes()
+    listing.unlink()
+    store.of_image(path, "here")
+    listing.write_bytes(kept)
+    sent = pickle.dumps(store)
+    for reader in (store, pickle.loads(sent)):  # noqa: S301  # our own bytes, as spawning does
+        with pytest.raises(MediaError, match="does not decode"):
+            reader.of_image(tmp_path / "b.bmp", "here")
+    assert b"does not decode" not in pickle.dumps(store)
+
+
+def test_broken_images_are_added_once_and_after_a_line_that_was_cut_short(tmp_path):
+    first, second, third = keys(3)
+    BrokenImages(tmp_path).add({first: broken(), second: broken("a file that went away", "image-missing")})
+    listing = tmp_path / BROKEN
+    assert set(BrokenImages(tmp_path).faults) == {first}  # a file that could not be read says nothing about its content
+    before = listing.read_bytes()
+    BrokenImages(tmp_path).add({first: broken()})
+    assert listing.read_bytes() == before
+    listing.write_bytes(before + before[:40])
+    later = BrokenImages(tmp_path)
+    assert later.faults == {first: broken()}
+    later.add({third: broken("2 × 0 pixels\nof nothing"), first: broken("another reason")})
+    assert later.faults == BrokenImages(tmp_path).faults == {first: broken("another reason"), third: broken("2 × 0 pixels\nof nothing")}
+    assert listing.read_bytes().startswith(before) and BrokenImages(tmp_path / "nowhere").faults == {}

@@ -3,6 +3,7 @@
     store.json                        what the tokens are: encoder, preprocessing, shape, dtype
     tokens-<hash>.safetensors         "keys" [n 16] and "tokens" [n k v], of up to about 512 MiB
     index.safetensors                 the keys of all shards, sorted, with shard and row: written last
+    broken.jsonl                      images that do not decode, and why; see broken_images.py
 
 A key is `media.image_hash`: of the bytes of the file, so that looking it up decodes nothing, and the same image is found under any name and
 in any container. A key does not cover what was done with the image; that stands in store.json and is compared when training begins.
@@ -33,6 +34,7 @@ from safetensors.numpy import save_file as save_arrays
 from safetensors.torch import save_file
 from torch import Tensor
 
+from metamorph.data.broken_images import BrokenImages
 from metamorph.errors import ConfigError
 from metamorph.media import HASH_BYTES, describe_source, image_hash
 from metamorph.messages import Example, ImagePart, ImageSource, Part, VideoPart
@@ -113,6 +115,7 @@ class TokenStore:
         self._names: list[str] = details
         self._index: dict[str, np.ndarray] | None = None
         self._shards: dict[int, np.ndarray] = {}
+        self._broken = BrokenImages(directory)
 
     def __len__(self) -> int:
         """Number of images."""
@@ -142,16 +145,18 @@ class TokenStore:
         """The visual tokens of an image; nothing is decoded or encoded.
 
         Raises:
-            MediaError: its file cannot be read.
-            ConfigError: it is not in the store. That is a mistake in the settings and no broken row: it is never passed over.
+            MediaError: its file cannot be read, or did not decode when the data were encoded: a broken row.
+            ConfigError: it was never encoded. That is a mistake in the settings and no broken row: it is never passed over.
         """
+        key = image_hash(image)
         try:
-            return self[image_hash(image)]
-        except KeyError as missing:
-            remedy = "Encode this data too, into the same directory: metamorph data encode."
-            found = f"the image {describe_source(image)} ({missing.args[0][:12]})"
-            expected = f"only the {len(self)} images of the store {self.directory} are encoded"
-            raise ConfigError(f"{found} but {expected} ({place}). {remedy}") from None
+            return self[key]
+        except KeyError:
+            if (error := self._broken.error(key, image, place)) is not None:
+                raise error from None
+        remedy = "Encode this data too, into the same directory: metamorph data encode."
+        found = f"the image {describe_source(image)} ({key.hex()[:12]})"
+        raise ConfigError(f"{found} but only the {len(self)} images of the store {self.directory} are encoded ({place}). {remedy}")
 
     def replace_images(self, example: Example) -> Example:
         """The example with visual tokens in place of its images, the frames of videos included.

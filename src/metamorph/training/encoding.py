@@ -13,10 +13,10 @@ from bisect import bisect_right
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -25,7 +25,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from metamorph.batch import TokenSequence
+from metamorph.data.broken_images import BrokenImages
+from metamorph.data.faults import Fault, from_error
 from metamorph.data.mixture import ExampleSource
+from metamorph.data.source import FileSource
 from metamorph.data.token_store import (
     KeySet,
     ShardWriter,
@@ -63,7 +66,8 @@ class StoredEncode:
         """The example as a sequence without pixels.
 
         Raises:
-            ConfigError: an image is not in the store.
+            MediaError: an image was broken when the data were encoded.
+            ConfigError: an image was never encoded.
         """
         return self.encode(self.store.replace_images(example))
 
@@ -82,9 +86,9 @@ class EncodingProgress:
     encoded: int = 0
     """Those of them that were not in the store before."""
     broken: int = 0
-    """Rows and images that could not be read."""
+    """Rows, and images of rows, that could not be read."""
     faults: list[str] = field(default_factory=list)
-    """The first of them, each with its place; all are in the store's faults.txt."""
+    """The first of them, each in a line that begins with its place; all are in the store's faults.txt."""
     bytes: int = 0
     """Size of the store, once it is finished."""
     seconds: float = 0.0
@@ -161,6 +165,7 @@ def encode_images(
 
     Returns:
         The counts. Rows and images that are broken are listed in the store's faults.txt, anew each time; all others are encoded.
+        Training passes over the images that do not decode, if it may, or names them: the store remembers them (`BrokenImages`).
 
     Raises:
         ConfigError: the store there is of another encoder, preprocessing or dtype.
@@ -170,7 +175,8 @@ def encode_images(
     writer = ShardWriter(directory, dtype, **(writing or {}))  # pyright: ignore[reportArgumentType]
     progress = EncodingProgress(sum(len(source) for source in sources))
     with ThreadPoolExecutor(threads, thread_name_prefix="metamorph-encode") as pool:
-        job = _Job(_Rows(sources), encode, prepare, writer, pool, batch_size, KeySet(stored_keys(directory)), KeySet(), progress)
+        known, broken = KeySet(stored_keys(directory)), BrokenImages(directory)
+        job = _Job(_Rows(sources), encode, prepare, writer, pool, batch_size, known, KeySet(), broken, progress)
         try:
             for start in range(0, progress.rows, round_size * world_size()):
                 job.round(range(start + rank(), min(start + round_size * world_size(), progress.rows), world_size()))
@@ -195,18 +201,26 @@ class _Rows:
 
     sources: Sequence[ExampleSource]
 
-    def __getitem__(self, number: int) -> Example:
+    def find(self, number: int) -> tuple[ExampleSource, int]:
+        """The source of a row, and the row's number there."""
         ends = list(accumulate(len(source) for source in self.sources))
         source = bisect_right(ends, number)
-        return self.sources[source][number - (ends[source - 1] if source else 0)]
+        return self.sources[source], number - (ends[source - 1] if source else 0)
+
+
+class _Image(NamedTuple):
+    key: bytes
+    image: ImageSource
+    number: int
+    """In its row, from 1."""
 
 
 @dataclass(frozen=True)
 class _Seen:
-    """One row's images by their hashes, or what is wrong."""
+    """One row's images, or what is wrong."""
 
-    place: str
-    images: tuple[tuple[bytes, ImageSource], ...] = ()
+    place: str = ""
+    images: tuple[_Image, ...] = ()
     faults: tuple[str, ...] = ()
 
 
@@ -222,13 +236,14 @@ class _Job:
     """Hashes of images in the store."""
     seen: KeySet
     """Hashes of images of these rows, as far as they were read."""
+    broken: BrokenImages
     progress: EncodingProgress
 
     def round(self, numbers: Iterable[int]) -> None:
         rows = list(self.pool.map(self.look, numbers))
         mine: dict[bytes, ImageSource] = {}
         for row in rows:
-            for key, image in row.images:
+            for key, image, _ in row.images:
                 mine.setdefault(key, image)
         shares = gather_objects(list(mine))
         owners = {key: owner for owner in range(len(shares) - 1, -1, -1) for key in shares[owner]}  # whoever saw it first
@@ -237,7 +252,7 @@ class _Job:
         counts = (len(rows), sum(len(row.images) for row in rows), len(new) - len(failed))
         told = gather_objects((failed, [fault for row in rows for fault in row.faults], counts))
         broken = {key: error for failures, _, _ in told for key, error in failures.items()}
-        named = [f"{row.place}: {broken[key]}" for row in rows for key, _ in row.images if key in broken]
+        named = [str(_named(broken[key], row.place, image, number)) for row in rows for key, image, number in row.images if key in broken]
         for key in owners:
             if key not in broken:
                 self.known.add(key)
@@ -251,30 +266,32 @@ class _Job:
         progress.broken += len(faults)
         progress.faults += faults[: FAULTS_KEPT - len(progress.faults)]
         if faults and rank() == 0:
+            self.broken.add(broken)
             with (self.writer.directory / FAULTS).open("a", encoding="utf-8") as listing:
                 listing.writelines(f"{' '.join(fault.splitlines())}\n" for fault in faults)
 
     def look(self, number: int) -> _Seen:
         """Read a row and hash its images."""
-        try:
-            example = self.rows[number]
-        except DataError as error:
-            return _Seen("", faults=(str(error),))
+        example = _read(*self.rows.find(number))
+        if isinstance(example, str):
+            return _Seen(faults=(example,))
         images, faults = [], []
-        for image in (part.image for message in example.messages for part in message.images if part.image is not None):
+        for position, part in enumerate((part for message in example.messages for part in message.images), start=1):
+            if part.image is None:
+                continue
             try:
-                images.append((image_hash(image), image))
+                images.append(_Image(image_hash(part.image), part.image, position))
             except DataError as error:
-                faults.append(f"{example.place}: {error}")
+                faults.append(str(_named(_fault(error), example.place, part.image, position)))
         return _Seen(example.place, tuple(images), tuple(faults))
 
-    def encode_new(self, new: Sequence[tuple[bytes, ImageSource]]) -> dict[bytes, str]:
+    def encode_new(self, new: Sequence[tuple[bytes, ImageSource]]) -> dict[bytes, Fault]:
         """Encode and keep images; returns those that do not decode, and why."""
-        failed: dict[bytes, str] = {}
+        failed: dict[bytes, Fault] = {}
         keys: list[bytes] = []
         pixels: list[Tensor] = []
         for key, result in self.prepared(new):
-            if isinstance(result, str):
+            if isinstance(result, Fault):
                 failed[key] = result
                 continue
             keys.append(key)
@@ -286,7 +303,7 @@ class _Job:
             self.writer.add(keys, self.encode(torch.stack(pixels)))
         return failed
 
-    def prepared(self, new: Sequence[tuple[bytes, ImageSource]]) -> Iterator[tuple[bytes, np.ndarray | str]]:
+    def prepared(self, new: Sequence[tuple[bytes, ImageSource]]) -> Iterator[tuple[bytes, np.ndarray | Fault]]:
         """Pixels in order, made by threads that are a few batches ahead."""
         waiting: deque[tuple[bytes, Future]] = deque()
         for key, image in new:
@@ -297,11 +314,38 @@ class _Job:
         for key, result in waiting:
             yield key, result.result()
 
-    def pixels(self, image: ImageSource) -> np.ndarray | str:
+    def pixels(self, image: ImageSource) -> np.ndarray | Fault:
         try:
             return self.prepare(ImagePart(image))
         except DataError as error:
-            return str(error)
+            return _fault(error)
+
+
+def _read(source: ExampleSource, index: int) -> Example | str:
+    """A row, or the first thing that is wrong with it, as `metamorph data check` says it where the row is of a file."""
+    try:
+        if not isinstance(source, FileSource):
+            return source[index]
+        faults: list[Fault] = []
+        example = source.examine(index, faults.append)
+    except DataError as error:
+        return f"{source.name} row {index}: {error}"
+    wrong = [fault for fault in faults if fault.severity == "error"]
+    if wrong:
+        return str(wrong[0])
+    assert example is not None, "a fault that leaves no example is an error"
+    return example
+
+
+def _fault(error: DataError) -> Fault:
+    """What is wrong with an image, whatever row and name it has."""
+    return from_error(error, "image-broken", place="")
+
+
+def _named(fault: Fault, place: str, image: ImageSource, number: int) -> Fault:
+    """A fault of an image in its row."""
+    found = f"{fault.found} in {str(image)!r}" if isinstance(image, Path) else fault.found
+    return replace(fault, place=place, field=f"image {number}", found=found)
 
 
 def _prepare_on_first(directory: Path, spec: TokenSpec, dtype: StoreType) -> None:
