@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from tests.docs.pages import DOCS
 
-from metamorph.data.faults import Fault
+from metamorph.data.faults import Fault, Report
 from metamorph.data.formats import detect
 from metamorph.data.records import RecordSettings, to_example
 from metamorph.data.references import Roots
@@ -35,7 +35,7 @@ def examples() -> list:
 
 @pytest.mark.parametrize(("heading", "record"), examples())
 def test_an_example_is_read_as_its_heading_says(heading: str, record: dict, tmp_path: Path):
-    def open_video(path: Path | bytes) -> VideoPart:
+    def open_video(path: Path | bytes, warn: Report) -> VideoPart:
         return VideoPart((ImagePart(b"a frame"),), 1.0)
 
     faults: list[Fault] = []

@@ -116,7 +116,7 @@ def test_images_may_be_bytes_structs_data_urls_and_base64():
 def test_a_video_is_a_list_of_frames_or_a_file():
     opened = []
 
-    def open_video(path):
+    def open_video(path, warn):
         opened.append(path)
         return VideoPart((A, B), 1.0)
 

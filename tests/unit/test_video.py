@@ -1,6 +1,8 @@
 """Frames of videos: the right ones, in the right colours, upright, with few decoded, and honest about what is missing."""
 
+import struct
 from collections.abc import Sequence
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -12,11 +14,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from metamorph.data.faults import Fault
 from metamorph.data.video import PURE_VIDEO, VIDEO_QA, VideoSampling, fault_of, probe, read_frames, sample_frames
 from metamorph.errors import ConfigError, MediaError
 from metamorph.media import ImageLimits
 
 WIDTH, HEIGHT, BITS = 96, 32, 12
+SHORTENED = VideoSampling(damaged_videos="shorten")
 COLOURS = [(255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 0), (128, 128, 128), (200, 120, 40), (10, 60, 110)]
 CODECS = {".mp4": "libx264", ".mkv": "libx264", ".ts": "libx264", ".avi": "mpeg4", ".webm": "libvpx-vp9", ".ivf": "libvpx-vp9"}
 
@@ -229,22 +233,67 @@ def damaged(clip: Path, path: Path) -> Path:
 @pytest.mark.parametrize("spoil", [truncated, damaged])
 def test_of_a_broken_tail_the_frames_before_the_break_are_given(tmp_path: Path, clips: dict, spoil: Any):
     path = spoil(clips[".mp4"][0], tmp_path / "broken.mp4")
-    sampled = sample_frames(path)
+    told: list[Fault] = []
+    sampled = sample_frames(path, SHORTENED, warn=told.append)
     count = len(sampled.frames)
     assert 2 <= count < sampled.asked == 12
     assert [number_of(image) for image in sampled.frames] == list(range(0, 10 * count, 10))
     assert sampled.broken
-    fault = fault_of(path, place="train.jsonl:3")
-    assert fault is not None
+    fault = fault_of(path, SHORTENED, place="train.jsonl:3")
+    assert fault is not None and told == [replace(fault, place=str(path), field="", found=fault.found.removesuffix(f" ({path})"))]
     assert (fault.code, fault.severity, fault.place, fault.field) == ("video-broken", "warning", "train.jsonl:3", "video")
-    assert f"only {count} frames" in str(fault)
+    assert f"only {count} frames of 12 ({sampled.broken}) ({path}) but a whole video is expected. Fetch it again." in str(fault)
     with pytest.raises(MediaError, match=rf"{count} frame\(s\) from 12 s .* but at least 12 are needed \(.*broken.mp4\). Fetch") as refused:
-        sample_frames(path, min_frames=12)
+        sample_frames(path, SHORTENED, min_frames=12)
     assert refused.value.fault is not None
     assert refused.value.fault[0] == "video-broken"
-    assert getattr(fault_of(path, min_frames=12), "severity", "") == "error"
+    assert getattr(fault_of(path, SHORTENED, min_frames=12), "severity", "") == "error"
     with pytest.raises(MediaError, match="no frame at 11 s"):
         read_frames(path, [1, 11])
+
+
+@pytest.mark.parametrize("spoil", [truncated, damaged])
+def test_a_broken_tail_is_refused_unless_it_was_asked_for(tmp_path: Path, clips: dict, spoil: Any):
+    path = spoil(clips[".mp4"][0], tmp_path / "broken.mp4")
+    with pytest.raises(
+        MediaError, match=r"only \d+ frames of 12 \(damaged .*broken.mp4\)\. Fetch it again, or set damaged_videos: shorten"
+    ) as error:
+        sample_frames(path)
+    assert error.value.fault is not None and error.value.fault[0] == "video-broken"
+    assert getattr(fault_of(path), "severity", "") == "error"
+    assert len(sample_frames(path, VideoSampling(max_frames=3)).frames) == 3  # what is asked for lies before the break
+    with pytest.raises(ConfigError, match="damaged_videos 'cut' but 'refuse' or 'shorten' is expected"):
+        VideoSampling(damaged_videos="cut")
+
+
+def test_a_video_that_ends_before_its_file_says_is_damaged_only_if_much_is_missing(tmp_path: Path, clips: dict):
+    """Flash states one length for sound and pictures, and what is left of a truncated file ends without an error."""
+    frames = [numbered(number) for number in range(120)]
+    path = write(tmp_path / "clip.flv", frames, codec="flv1", options={}, gop=5)
+    data = bytearray(path.read_bytes())
+    stated = data.index(b"duration") + len("duration") + 1
+    for seconds, whole in ((12.6, True), (15.0, False)):
+        data[stated : stated + 8] = struct.pack(">d", seconds)
+        path.write_bytes(data)
+        assert probe(path).seconds == pytest.approx(seconds)
+        sampled = sample_frames(path, SHORTENED)
+        assert (len(sampled.frames), sampled.asked, bool(sampled.broken)) == (12, 12 if whole else 15, not whole)
+        fault = fault_of(path)
+        assert (fault is None) == whole
+    assert fault is not None and "the last frame ends before 12 s" in fault.found
+    data[stated : stated + 8] = struct.pack(">d", 12.6)
+    path.write_bytes(data)
+    assert getattr(fault_of(path, min_frames=13), "code", "") == "video-short"
+
+
+def test_one_frame_of_a_video_is_told_unless_it_was_asked_for(tmp_path: Path):
+    told: list[Fault] = []
+    path = write(tmp_path / "tiny.mp4", [numbered(n) for n in range(3)])
+    assert len(sample_frames(path, warn=told.append).frames) == 1
+    assert [(fault.code, fault.severity, fault.place) for fault in told] == [("video-short", "warning", str(path))]
+    sample_frames(path, VideoSampling(max_frames=1), warn=told.append)
+    sample_frames(path, VideoSampling(fps=10), warn=told.append)
+    assert len(told) == 1
 
 
 def test_a_video_shorter_than_the_sampling_asks_is_an_error(tmp_path: Path, clips: dict):
@@ -358,6 +407,8 @@ def test_a_folder_of_frames_is_a_video(tmp_path: Path):
     assert probe(tmp_path, stored_fps=3.0).seconds == 4
     assert [number_of(image) for image in read_frames(tmp_path, [11, 0])] == [11, 0]
     (tmp_path / "frame_6.png").write_bytes(b"\x89PNG")
-    tail = sample_frames(tmp_path, stored_fps=3.0)
+    with pytest.raises(MediaError, match=r"only 2 frames of 4 \(.*frame_6\.png"):
+        sample_frames(tmp_path, stored_fps=3.0)
+    tail = sample_frames(tmp_path, SHORTENED, stored_fps=3.0)
     assert len(tail.frames) == 2
     assert "frame_6.png" in tail.broken

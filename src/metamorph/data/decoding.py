@@ -94,6 +94,7 @@ class VideoFile:
 
     def __init__(self, container: InputContainer, limits: ImageLimits, place: str) -> None:
         self.place, self.broken, self.decoded = place, "", 0
+        self.end = 0.0  # seconds at which the last frame ends, once a later one was asked for
         self._container, self._limits = container, limits
         if not container.streams.video:
             kinds = ", ".join(sorted({stream.type for stream in container.streams})) or "no"
@@ -146,7 +147,9 @@ class VideoFile:
             self._shown, self._next = self._next, None
         if self._shown is None:  # the first frame stands for what is before it
             return None if self._next is None else self._upright(self._next)
-        if self._next is None and tick >= _pts(self._shown) + max(self._shown.duration or 0, 1 / (self.fps * self._tick)):
+        ends = _pts(self._shown) + max(self._shown.duration or 0, 1 / (self.fps * self._tick))
+        if self._next is None and tick >= ends:
+            self.end = (ends - self._start) * self._tick
             return None
         return self._upright(self._shown)
 
@@ -241,7 +244,7 @@ class FrameFolder:
     """Images in a folder as a video of a stated rate; opened only when asked for."""
 
     def __init__(self, folder: Path, fps: float, limits: ImageLimits) -> None:
-        self.place, self.broken, self.decoded, self.fps = str(folder), "", 0, fps
+        self.place, self.broken, self.decoded, self.end, self.fps = str(folder), "", 0, 0.0, fps
         if not 0 < fps < math.inf:
             raise ConfigError(f"stored_fps {fps} but a finite number above 0 is needed ({folder}). Correct it.")
         self._limits = limits

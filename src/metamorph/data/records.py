@@ -18,18 +18,19 @@ from metamorph.data.formats import Format, draft_of
 from metamorph.data.references import Roots, image_part, path_of
 from metamorph.data.rows import RawRow
 from metamorph.data.turns import Draft, MediaRef, Teller, Turn, check_order
+from metamorph.data.video import describe_video, in_row
 from metamorph.errors import DataError, MediaError, RecordError
 from metamorph.messages import Example, ImagePart, Message, Part, TextPart, VideoPart, validate_messages
 
 Frames = tuple[ImagePart, ...]
-OpenVideo = Callable[[Path | bytes], VideoPart]
+OpenVideo = Callable[[Path | bytes, Report], VideoPart]
+"""Opens a video file, or its bytes, as frames; tells what speaks against one that can be used."""
 SeeMedium = Callable[[MediaRef, ImagePart | VideoPart, Teller], None]
 """Told of each image and video that a row names, in reading order, once it is found; may report faults of it."""
 
 
-def _no_video(video: Path | bytes) -> VideoPart:
-    place = f"{len(video)} bytes" if isinstance(video, bytes) else video
-    raise MediaError(f"a video but no way to open one was given ({place}). Read rows through FileSource.")
+def _no_video(video: Path | bytes, warn: Report) -> VideoPart:
+    raise MediaError(f"a video but no way to open one was given ({describe_video(video)}). Read rows through FileSource.")
 
 
 @dataclass(frozen=True)
@@ -134,9 +135,9 @@ def _part(ref: MediaRef, settings: RecordSettings, teller: Teller) -> Part | Non
         if stored is None:
             return None
     try:
-        part = settings.open_video(stored)
+        part = settings.open_video(stored, lambda fault: teller.tell(in_row(fault, teller.place, ref.field)))
     except DataError as error:
-        teller.tell(from_error(error, "video-broken", teller.place, ref.field))
+        teller.tell(in_row(from_error(error, "video-broken", describe_video(stored)), teller.place, ref.field))
         return None
     if settings.see_medium is not None:
         settings.see_medium(ref, part, teller)

@@ -12,12 +12,12 @@ from metamorph.data.formats import FORMATS, Format, detect
 from metamorph.data.records import RecordSettings, to_example
 from metamorph.data.references import Fetch, Roots
 from metamorph.data.rows import Rows, refuse_broken_files
+from metamorph.data.video import VideoSampling, raise_or_log, sample_frames
 from metamorph.errors import ConfigError
 from metamorph.messages import Example, ImagePart, VideoPart
 
 if TYPE_CHECKING:
     from metamorph.data.decoding import VideoSource
-    from metamorph.data.video import SampledVideo
 
 PROBED_ROWS = 20
 """Rows at the front of a file by which its format is told."""
@@ -46,7 +46,7 @@ class FileSource:
             RecordError, MediaError: it is broken; the message names file, line and field.
             IndexError: there is no such row.
         """
-        example = to_example(self.rows[index], self.settings)
+        example = to_example(self.rows[index], self.settings, raise_or_log)
         assert example is not None, "a fault that leaves no example is an error, and errors raise"
         return example
 
@@ -83,6 +83,8 @@ def open_source(
     allow_urls: bool = False,
     fps: float = 1.0,
     max_frames: int = 45,
+    min_frames: int = 1,
+    damaged_videos: str = "refuse",
     seed: int = 0,
     whole_files: bool = True,
 ) -> FileSource:
@@ -98,12 +100,14 @@ def open_source(
         allow_urls: fetch images that are named by a URL.
         fps: frames per second that are taken of a video (paper, section 5: 1).
         max_frames: of a video, the first ones (paper: 45).
+        min_frames: refuse videos that give fewer. A check warns of those that give only one.
+        damaged_videos: `refuse` videos that break off, or `shorten` them to the frames before the break, with a warning in the log.
         seed: of the wording of requests where rows are pairs.
         whole_files: refuse a file that is cut off, empty or in another encoding; off to look at what is left of it.
 
     Raises:
         RecordError: there is no such file, or it is refused.
-        ConfigError: an unknown format.
+        ConfigError: an unknown format, or settings of videos that are out of range.
     """
     from metamorph.data.containers import open_rows
 
@@ -119,7 +123,7 @@ def open_source(
         format=format,  # pyright: ignore[reportArgumentType]  # one of FORMATS
         columns=dict(columns or {}),
         needs_answer=needs_answer,
-        open_video=VideoOpener(fps, max_frames),
+        open_video=VideoOpener(VideoSampling(fps=fps, max_frames=max_frames, damaged_videos=damaged_videos), min_frames),
         seed=seed,
     )
     return FileSource(rows, settings)
@@ -127,28 +131,32 @@ def open_source(
 
 @dataclass(frozen=True)
 class VideoOpener:
-    """Opens videos as frames at a constant rate, from their start."""
+    """Opens videos as frames at a constant rate, from their start.
 
-    fps: float = 1.0
-    max_frames: int = 45
+    Args:
+        sampling: how densely, how many, and what becomes of damaged ones.
+        min_frames: fewer are an error.
 
-    def __call__(self, video: VideoSource) -> VideoPart:
-        """The frames.
+    Raises:
+        ConfigError: a number is out of range.
+    """
+
+    sampling: VideoSampling
+    min_frames: int = 1
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.min_frames <= self.sampling.max_frames:
+            expected = f"1 to max_frames {self.sampling.max_frames} is needed"
+            raise ConfigError(f"min_frames {self.min_frames} but {expected} (videos of a source). Correct it.")
+
+    def __call__(self, video: VideoSource, warn: Report) -> VideoPart:
+        """The frames; whatever speaks against a video that can be used is told to `warn`.
 
         Raises:
-            MediaError: none can be read.
+            MediaError: it breaks off and is not to be shortened, or gives too few frames.
         """
-        return self.part(self.sample(video))
-
-    def part(self, sampled: SampledVideo) -> VideoPart:
-        """Frames that were sampled, as a part of a message."""
-        return VideoPart(tuple(ImagePart(frame) for frame in sampled.frames), self.fps)
-
-    def sample(self, video: VideoSource) -> SampledVideo:
-        """The frames, and what stands in the way of more."""
-        from metamorph.data.video import VideoSampling, sample_frames
-
-        return sample_frames(video, VideoSampling(fps=self.fps, max_frames=self.max_frames))
+        sampled = sample_frames(video, self.sampling, min_frames=self.min_frames, warn=warn)
+        return VideoPart(tuple(ImagePart(frame) for frame in sampled.frames), self.sampling.fps or sampled.fps)
 
 
 def _fetch() -> Fetch:

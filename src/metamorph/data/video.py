@@ -7,10 +7,11 @@ the beginning of the video. A folder of frame images (as some data sets publish 
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from PIL import Image
@@ -26,9 +27,13 @@ from metamorph.data.decoding import (
     open_video,
     refuse,
 )
-from metamorph.data.faults import Fault
-from metamorph.errors import ConfigError, MediaError
+from metamorph.data.faults import Fault, Report, raise_errors
+from metamorph.errors import ConfigError
 from metamorph.media import ImageLimits
+
+_OVERSTATED_SECONDS = 1.0  # some containers state the length of their sound, which goes on after the last frame of a whole video
+_log = logging.getLogger(__name__)
+_logged: set[str] = set()  # shortened videos of which this process has told
 
 
 @dataclass(frozen=True)
@@ -40,14 +45,16 @@ class VideoSampling:
         max_frames: the first so many are taken.
         interval: instead of `fps`, one random number of seconds between frames for the whole clip, uniform between
             max(2 / frame rate, interval[0]) and min(interval[1], half the length).
+        damaged_videos: `refuse` a video that breaks off, or `shorten` it to what is before the break.
 
     Raises:
-        ConfigError: neither or both of the two are given, or a number is out of range.
+        ConfigError: neither or both of `fps` and `interval` are given, a number is out of range, or `damaged_videos` is neither.
     """
 
     fps: float | None = 1.0
     max_frames: int = 45
     interval: tuple[float, float] | None = None
+    damaged_videos: str = "refuse"
 
     def __post_init__(self) -> None:
         if (self.fps is None) == (self.interval is None):
@@ -58,6 +65,8 @@ class VideoSampling:
             raise ConfigError(f"interval {self.interval} but 0 < low <= high is needed (video sampling). Correct it.")
         if self.max_frames < 1:
             raise ConfigError(f"max_frames {self.max_frames} but at least 1 is needed (video sampling). Raise it.")
+        if self.damaged_videos not in ("refuse", "shorten"):
+            raise ConfigError(f"damaged_videos {self.damaged_videos!r} but 'refuse' or 'shorten' is expected (video sampling). Correct it.")
 
 
 VIDEO_QA = VideoSampling()
@@ -71,8 +80,8 @@ class SampledVideo:
     frames: tuple[Image.Image, ...]
     times: tuple[float, ...]
     interval: float
-    asked: int  # frames that the sampling asks of a video of the stated length
-    broken: str = ""  # why there are fewer; "" if there are not
+    asked: int  # frames that the sampling asks of the whole video
+    broken: str = ""  # why there are fewer, where a damaged video was shortened; "" if there are not
     decoded: int = 0  # frames that had to be decoded for it
 
     @property
@@ -86,10 +95,7 @@ def _as_media_error() -> Iterator[None]:
     try:
         yield
     except Refused as refusal:
-        fault = refusal.fault
-        error = MediaError(str(fault.error()))
-        error.fault = (fault.code, fault.found, fault.expected, fault.remedy)
-        raise error from refusal
+        raise refusal.fault.error() from refusal
 
 
 def probe(source: VideoSource, *, stored_fps: float = 1.0, limits: ImageLimits = VIDEO_LIMITS) -> VideoInfo:
@@ -131,8 +137,9 @@ def sample_frames(
     span: tuple[float, float] | None = None,
     stored_fps: float = 1.0,
     limits: ImageLimits = VIDEO_LIMITS,
+    warn: Report | None = None,
 ) -> SampledVideo:
-    """Frames from the beginning on, evenly spaced. Where a video breaks off, those before the break, with the reason in `broken`.
+    """Frames from the beginning on, evenly spaced; of a damaged video, if it is to be shortened, those before the break.
 
     Args:
         source: a video, or a folder of frame images, which are read in natural order of their names.
@@ -142,13 +149,18 @@ def sample_frames(
         span: seconds from and to which to sample; None = the whole video.
         stored_fps: how many images of a folder make a second.
         limits: pixels that a frame may have.
+        warn: is told that a video was shortened, or that all it gives is one frame.
 
     Raises:
-        MediaError: no video, or fewer than `min_frames` frames: it is too short for the sampling, or breaks off.
+        MediaError: no video, one that breaks off, or fewer than `min_frames` frames.
         ConfigError: a random interval without `rng`, or a span that is none.
     """
     with _as_media_error(), open_video(source, stored_fps, limits) as video:
-        return _sample(video, sampling, rng, min_frames, span)
+        sampled = _sample(video, sampling, rng, min_frames, span)
+        fault = _damage(video, sampled, sampling) or _single_frame(video, sampled, sampling)
+    if fault is not None and warn is not None:
+        warn(fault)
+    return sampled
 
 
 def fault_of(
@@ -162,7 +174,7 @@ def fault_of(
     stored_fps: float = 1.0,
     limits: ImageLimits = VIDEO_LIMITS,
 ) -> Fault | None:
-    """What `sample_frames` would refuse, as a fault of a row; a broken tail that leaves enough frames is a warning.
+    """What `sample_frames` would refuse, as a fault of a row; that it would shorten the video is a warning.
 
     Codes: video-missing, video-empty, video-broken, video-short, video-too-large.
 
@@ -173,14 +185,46 @@ def fault_of(
     try:
         with open_video(source, stored_fps, limits) as video:
             sampled = _sample(video, sampling, np.random.default_rng(0), min_frames, span)
+            fault = _damage(video, sampled, sampling)
     except Refused as refusal:
         fault = refusal.fault
-        named = fault.found if place == fault.place else f"{fault.found} ({fault.place})"
-        return Fault(fault.code, place, field, named, fault.expected, fault.remedy, media=True)
+    return None if fault is None else in_row(fault, place, field)
+
+
+def in_row(fault: Fault, place: str, field: str) -> Fault:
+    """A fault of a video as one of the row that names it."""
+    return replace(fault, place=place, field=field, found=fault.found if place == fault.place else f"{fault.found} ({fault.place})")
+
+
+def raise_or_log(fault: Fault) -> None:
+    """The `report` of training for faults `in_row`: errors are raised, of a video that was shortened a warning is logged, once a process.
+
+    Raises:
+        DataError: the fault is an error.
+    """
+    raise_errors(fault)
+    if fault.code == "video-broken" and fault.found not in _logged:  # which names the video, as other rows may do
+        _logged.add(fault.found)
+        _log.warning("a damaged video is shortened: %s", fault)
+
+
+def _damage(video: VideoFile | FrameFolder, sampled: SampledVideo, sampling: VideoSampling) -> Fault | None:
+    """The warning that a video was shortened; raised as an error where it may not be."""
     if not sampled.broken:
         return None
-    found = f"only {len(sampled.frames)} frames ({sampled.broken})"
-    return Fault("video-broken", place, field, found, f"{sampled.asked} are sampled from a whole video", "Fetch it again.", "warning", True)
+    found, expected = f"only {len(sampled.frames)} frames of {sampled.asked} ({sampled.broken})", "a whole video is expected"
+    if sampling.damaged_videos == "refuse":
+        raise refuse("video-broken", video.place, found, expected, "Fetch it again, or set damaged_videos: shorten.")
+    return Fault("video-broken", video.place, "", found, expected, "Fetch it again.", "warning", media=True)
+
+
+def _single_frame(video: VideoFile | FrameFolder, sampled: SampledVideo, sampling: VideoSampling) -> Fault | None:
+    """The warning that a video shows no more than an image would, though it was not asked for one frame."""
+    if sampled.asked > 1 or sampling.max_frames == 1:
+        return None
+    found, remedy = f"a video of at most {sampled.interval:g} s", "Sample more densely (fps), or leave the row out."
+    expected = f"more than one frame is expected at one every {sampled.interval:g} s"
+    return Fault("video-short", video.place, "", found, expected, remedy, "warning", media=True)
 
 
 def _sample(
@@ -196,21 +240,28 @@ def _sample(
     interval = 1 / sampling.fps if sampling.fps is not None else _random_interval(video.place, video.fps, end - start, sampling, rng)
     asked = min(sampling.max_frames, max(0, math.ceil(round((end - start) / interval, 6))))  # the end itself shows nothing
     stated = f"{max(end - start, 0):g} s at one frame every {interval:.4g} s"
-    if asked < min_frames:
-        raise refuse("video-short", video.place, f"{asked} frame(s) from {stated}", f"at least {min_frames} are needed",
-                      "Sample more densely, or leave the row out.")  # fmt: skip
+    _refuse_short(video.place, asked, min_frames, stated)
     frames: list[Image.Image] = []
     times = [start + number * interval for number in range(asked)]
     for time in times:
         if (image := video.frame_at(time)) is None:
             break
         frames.append(image)
+    if frames and not video.broken and video.seconds - video.end <= _OVERSTATED_SECONDS:
+        asked = len(frames)
+        _refuse_short(video.place, asked, min_frames, stated)
     broken = "" if len(frames) == asked else video.broken or f"the last frame ends before {times[len(frames)]:.4g} s"
     if len(frames) < min_frames:
         code = "video-broken" if video.decoded or video.broken else "video-empty"
         raise refuse(code, video.place, f"{len(frames)} frame(s) from {stated} ({broken})", f"at least {min_frames} are needed",
                       "Fetch the file again, or leave the row out.")  # fmt: skip
     return SampledVideo(tuple(frames), tuple(times[: len(frames)]), interval, asked, broken, video.decoded)
+
+
+def _refuse_short(place: str, asked: int, min_frames: int, stated: str) -> None:
+    if asked < min_frames:
+        found, expected = f"{asked} frame(s) from {stated}", f"at least {min_frames} are needed"
+        raise refuse("video-short", place, found, expected, "Sample more densely, or leave the row out.")
 
 
 def _random_interval(place: str, fps: float, seconds: float, sampling: VideoSampling, rng: np.random.Generator | None) -> float:

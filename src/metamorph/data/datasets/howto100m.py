@@ -11,11 +11,12 @@ from pathlib import Path
 
 import numpy as np
 
-from metamorph.data.datasets.clips import MAX_FRAMES, frames_to_predict, prediction_settings
-from metamorph.data.datasets.published import PublishedSource, existing, folder, text_field
+from metamorph.data.datasets.clips import MAX_FRAMES, ClipSource, frames_to_predict, prediction_settings
+from metamorph.data.datasets.published import existing, folder, text_field
+from metamorph.data.faults import Report
 from metamorph.data.frames import Variant
 from metamorph.data.rows import RawRow
-from metamorph.data.video import VideoSampling
+from metamorph.data.video import VideoSampling, raise_or_log
 from metamorph.errors import ConfigError, MediaError, RecordError
 from metamorph.messages import Example
 
@@ -32,8 +33,9 @@ def source(
     missing: str = "refuse",
     max_frames: int = MAX_FRAMES,
     variants: Sequence[str] | None = None,
+    damaged_videos: str = "refuse",
     seed: int = 0,
-) -> PublishedSource:
+) -> ClipSource:
     """Clips of HowTo100M: one a video, at a random interval, some frames shown and others to be drawn.
 
     Args:
@@ -44,6 +46,7 @@ def source(
         missing: what to do with listed videos for which there is no file: `refuse` them when they are read, or `leave_out` now.
         max_frames: at most so many of a clip.
         variants: the tasks; by default all.
+        damaged_videos: `refuse` videos that break off, or `shorten` them to the frames before the break, with a warning in the log.
         seed: of intervals, tasks and wording.
 
     Raises:
@@ -54,14 +57,22 @@ def source(
         raise ConfigError(f"missing {missing!r} but 'refuse' or 'leave_out' is expected ({name}). Correct it.")
     root = folder(directory, holds=file)
     shown = folder(root / videos, holds="the videos")
-    sampling, chosen = prediction_settings(max_frames, variants)
+    sampling, chosen = prediction_settings(max_frames, variants, damaged_videos)
     listed = VideoList(existing([root / file], holds="the list of videos")[0])
     if missing == "leave_out":
         listed.leave_out_missing(shown, name)
-    return PublishedSource(listed, partial(convert, root=shown, sampling=sampling, variants=chosen, name=name), name, seed)
+    return ClipSource(listed, partial(convert, root=shown, sampling=sampling, variants=chosen, name=name), name, seed)
 
 
-def convert(raw: RawRow, rng: np.random.Generator, root: Path, sampling: VideoSampling, variants: Sequence[Variant], name: str) -> Example:
+def convert(
+    raw: RawRow,
+    rng: np.random.Generator,
+    root: Path,
+    sampling: VideoSampling,
+    variants: Sequence[Variant],
+    name: str,
+    warn: Report = raise_or_log,
+) -> Example:
     """A line of the list as an example.
 
     Raises:
@@ -72,7 +83,7 @@ def convert(raw: RawRow, rng: np.random.Generator, root: Path, sampling: VideoSa
     if path is None:
         found = f"no file {identifier} with an ending of {', '.join(ENDINGS)} in {root}"
         raise MediaError(f"{found} but a video is needed ({raw.place}, video_id). Fetch it, or set missing: leave_out.")
-    return frames_to_predict(raw, rng, path, sampling, variants, name)
+    return frames_to_predict(raw, rng, path, sampling, variants, name, field="video_id", warn=warn)
 
 
 class VideoList:

@@ -8,10 +8,11 @@ from pathlib import Path
 
 import numpy as np
 
-from metamorph.data.datasets.clips import MAX_FRAMES, questions_about
-from metamorph.data.datasets.published import PublishedSource, existing, folder, frames_of, open_records
+from metamorph.data.datasets.clips import MAX_FRAMES, ClipSource, questions_about
+from metamorph.data.datasets.published import existing, folder, frames_of, open_records
+from metamorph.data.faults import Report
 from metamorph.data.rows import RawRow
-from metamorph.data.video import VideoSampling
+from metamorph.data.video import VideoSampling, raise_or_log
 from metamorph.errors import ConfigError
 from metamorph.messages import Example
 
@@ -27,8 +28,9 @@ def source(
     stored_fps: float = 2.0,
     fps: float = 1.0,
     max_frames: int = MAX_FRAMES,
+    damaged_videos: str = "refuse",
     whole_files: bool = True,
-) -> PublishedSource:
+) -> ClipSource:
     """Questions about videos, of `ShareGPTVideo/train_video_and_instruction` with its archives of frames unpacked.
 
     Args:
@@ -39,6 +41,7 @@ def source(
         stored_fps: how many frames per second the publishers took.
         fps: how many of them are shown.
         max_frames: at most so many, the first ones.
+        damaged_videos: `refuse` videos with a broken frame, or `shorten` them to the frames before it, with a warning in the log.
         whole_files: refuse a file of records that is cut off, empty or in another encoding; off to look at what is left of it.
 
     Raises:
@@ -50,14 +53,16 @@ def source(
         raise ConfigError(f"fps {fps} but a number above 0 and at most stored_fps {stored_fps} is needed ({name}). Lower it.")
     shown = folder(root / frames, holds="a folder of frames for each video")
     rows = open_records(existing([root / file for file in files], holds="a file of records"), shown, name, whole_files=whole_files)
-    sampling = VideoSampling(fps=fps, max_frames=max_frames)
-    return PublishedSource(rows, partial(convert, root=shown, sampling=sampling, stored_fps=stored_fps, name=name), name)
+    sampling = VideoSampling(fps=fps, max_frames=max_frames, damaged_videos=damaged_videos)
+    return ClipSource(rows, partial(convert, root=shown, sampling=sampling, stored_fps=stored_fps, name=name), name)
 
 
-def convert(raw: RawRow, rng: np.random.Generator, root: Path, sampling: VideoSampling, stored_fps: float, name: str) -> Example:
+def convert(
+    raw: RawRow, rng: np.random.Generator, root: Path, sampling: VideoSampling, stored_fps: float, name: str, warn: Report = raise_or_log
+) -> Example:
     """A record as an example. Nothing is drawn.
 
     Raises:
         RecordError, MediaError: the record or its frames cannot be used.
     """
-    return questions_about(raw, frames_of(raw, raw.values.get("video"), root, "video"), sampling, name, stored_fps=stored_fps)
+    return questions_about(raw, frames_of(raw, raw.values.get("video"), root, "video"), sampling, name, stored_fps=stored_fps, warn=warn)

@@ -8,11 +8,12 @@ from pathlib import Path
 
 import numpy as np
 
-from metamorph.data.datasets.clips import MAX_FRAMES, frames_to_predict, prediction_settings
-from metamorph.data.datasets.published import PublishedSource, existing, folder, open_records, text_field, video_of
+from metamorph.data.datasets.clips import MAX_FRAMES, ClipSource, frames_to_predict, prediction_settings
+from metamorph.data.datasets.published import existing, folder, open_records, text_field, video_of
+from metamorph.data.faults import Report
 from metamorph.data.frames import Variant
 from metamorph.data.rows import RawRow
-from metamorph.data.video import VideoSampling
+from metamorph.data.video import VideoSampling, raise_or_log
 from metamorph.messages import Example
 
 SPLITS = ("train", "validation", "test")
@@ -27,9 +28,10 @@ def source(
     name: str = "something_something",
     max_frames: int = MAX_FRAMES,
     variants: Sequence[str] | None = None,
+    damaged_videos: str = "refuse",
     seed: int = 0,
     whole_files: bool = True,
-) -> PublishedSource:
+) -> ClipSource:
     """Clips of Something-Something V2: one a video, at a random interval, some frames shown and others to be drawn.
 
     Args:
@@ -40,6 +42,7 @@ def source(
         name: how tables and errors call the source.
         max_frames: at most so many of a clip.
         variants: the tasks; by default all.
+        damaged_videos: `refuse` videos that break off, or `shorten` them to the frames before the break, with a warning in the log.
         seed: of intervals, tasks and wording.
         whole_files: refuse a file of records that is cut off, empty or in another encoding; off to look at what is left of it.
 
@@ -49,18 +52,26 @@ def source(
     """
     root = folder(directory, holds=f"{labels} and {videos}")
     shown = folder(root / videos, holds="the videos")
-    sampling, chosen = prediction_settings(max_frames, variants)
+    sampling, chosen = prediction_settings(max_frames, variants, damaged_videos)
     rows = open_records(
         existing([root / labels / f"{split}.json" for split in splits], holds="the labels of a part"), shown, name, whole_files=whole_files
     )
-    return PublishedSource(rows, partial(convert, root=shown, sampling=sampling, variants=chosen, name=name), name, seed)
+    return ClipSource(rows, partial(convert, root=shown, sampling=sampling, variants=chosen, name=name), name, seed)
 
 
-def convert(raw: RawRow, rng: np.random.Generator, root: Path, sampling: VideoSampling, variants: Sequence[Variant], name: str) -> Example:
+def convert(
+    raw: RawRow,
+    rng: np.random.Generator,
+    root: Path,
+    sampling: VideoSampling,
+    variants: Sequence[Variant],
+    name: str,
+    warn: Report = raise_or_log,
+) -> Example:
     """An entry of the labels as an example.
 
     Raises:
         RecordError, MediaError: it has no id, or its video cannot be used.
     """
     video = video_of(raw, f"{text_field(raw, 'id')}.webm", root, "id")
-    return frames_to_predict(raw, rng, video, sampling, variants, name)
+    return frames_to_predict(raw, rng, video, sampling, variants, name, warn=warn)
