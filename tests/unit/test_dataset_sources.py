@@ -140,3 +140,15 @@ def test_the_seed_changes_what_is_drawn(name, tmp_path):
     assert len(drawn) > 1
     with pytest.raises(ConfigError, match="seed -1"):
         opened(name, tmp_path / "again", seed=-1)
+
+
+def test_the_recipe_that_checks_a_data_set_is_one(tmp_path):
+    from metamorph.cli.data_options import sources_of
+    from metamorph.recipes import load_recipe
+
+    text = (PAGES / "index.md").read_text(encoding="utf-8")
+    (recipe,) = re.findall(r'^```yaml title="check.yaml"\n(.*?)^```$', text, flags=re.MULTILINE | re.DOTALL)
+    directory = dataset_fixtures.video_star(tmp_path / "data")
+    (tmp_path / "check.yaml").write_text(recipe.replace("/data/Video-STaR", str(directory)))
+    ((source, max_length),) = sources_of(load_recipe(str(tmp_path / "check.yaml")), whole_files=False)
+    assert (source.name, len(source), max_length) == ("video_star", READERS["video_star"][2], 4096)
