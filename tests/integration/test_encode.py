@@ -17,12 +17,14 @@ import pytest
 import torch
 import typer
 from PIL import Image
+from tests import dataset_fixtures
 from tests.tiny import save_parts
 from typer.testing import CliRunner
 
 from metamorph.cli.data_encode import encode as data_encode
 from metamorph.cli.main import app
 from metamorph.data.broken_images import BROKEN, BrokenImages
+from metamorph.data.datasets import cambrian
 from metamorph.data.source import open_source
 from metamorph.data.token_store import TokenStore, shard_files
 from metamorph.errors import ConfigError, MediaError
@@ -348,6 +350,15 @@ def test_a_malformed_row_is_named_as_data_check_names_it(command, saved, tmp_pat
     (fault,) = (tmp_path / "out/faults.txt").read_text().splitlines()
     assert fault.startswith(f"{file}:2 messages[1].role: ")
     assert fault in checked.output and fault in result.output
+
+
+def test_a_bad_row_of_a_published_data_set_is_named_by_its_file(parts, tmp_path):
+    path = dataset_fixtures.cambrian(tmp_path) / cambrian.RECORDS
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    path.write_text("".join(json.dumps(row | ({"conversations": None} if number == 1 else {})) + "\n" for number, row in enumerate(rows)))
+    result = encode(model(parts), [cambrian.source(str(tmp_path))], tmp_path / "out")
+    (fault,) = (tmp_path / "out/faults.txt").read_text().splitlines()
+    assert fault.startswith(f"{path}:2 conversations: ") and result.encoded > 0
 
 
 def test_the_command_takes_a_recipes_encoder_and_sources(command, parts, tmp_path):

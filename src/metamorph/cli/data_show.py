@@ -105,15 +105,13 @@ def _processor(model: str | None, recipe: str | None, max_length: int | None) ->
 
 def _read(source: ExampleSource, index: int) -> Example | None:
     """A row; its faults are told, and None given where it cannot be used."""
+    from metamorph.data.examining import examine
     from metamorph.data.faults import Fault
-    from metamorph.data.source import FileSource
 
     if index >= len(source):
         raise ConfigError(f"row {index} but 0 to {len(source) - 1} exist ({source.name}). Choose another one.")
-    if not isinstance(source, FileSource):
-        return source[index]
     faults: list[Fault] = []
-    example = source.examine(index, faults.append)
+    example = examine(source, index, faults.append)
     for fault in faults:
         typer.echo(f"{fault.severity}: {fault}\n")
     return example

@@ -26,9 +26,9 @@ from torch import Tensor
 
 from metamorph.batch import TokenSequence
 from metamorph.data.broken_images import BrokenImages
+from metamorph.data.examining import examine
 from metamorph.data.faults import Fault, from_error
 from metamorph.data.mixture import ExampleSource
-from metamorph.data.source import FileSource
 from metamorph.data.token_store import (
     KeySet,
     ShardWriter,
@@ -322,12 +322,10 @@ class _Job:
 
 
 def _read(source: ExampleSource, index: int) -> Example | str:
-    """A row, or the first thing that is wrong with it, as `metamorph data check` says it where the row is of a file."""
+    """A row, or the first thing that is wrong with it, as `metamorph data check` says it."""
+    faults: list[Fault] = []
     try:
-        if not isinstance(source, FileSource):
-            return source[index]
-        faults: list[Fault] = []
-        example = source.examine(index, faults.append)
+        example = examine(source, index, faults.append)
     except DataError as error:
         return f"{source.name} row {index}: {error}"
     wrong = [fault for fault in faults if fault.severity == "error"]
