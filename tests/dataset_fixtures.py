@@ -56,6 +56,13 @@ def video(path: Path, seconds: float = 4.0, fps: int = 10, size: tuple[int, int]
     return path
 
 
+def cut_video(path: Path, seconds: float = 8.0) -> Path:
+    """A .mkv or .webm of which only the first half of the file is left."""
+    data = video(path, seconds).read_bytes()
+    path.write_bytes(data[: len(data) // 2])
+    return path
+
+
 def _json(path: Path, value: object) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(value), encoding="utf-8")

@@ -1,12 +1,15 @@
 """The check around its faults: what is sampled, what several processes find, what lengths mean, what the command accepts and says."""
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from tests.dataset_fixtures import cut_video, video
 from typer.testing import CliRunner
 
 from metamorph.cli.main import app
@@ -16,7 +19,7 @@ from metamorph.data.cross_checks import repeats
 from metamorph.data.lengths import CountedLengths, EstimatedLengths
 from metamorph.data.row_checks import CheckSettings
 from metamorph.data.source import open_source
-from metamorph.errors import RecordError
+from metamorph.errors import MediaError, RecordError
 from metamorph.messages import Example, ImagePart, Message, VideoPart
 
 
@@ -153,6 +156,45 @@ def test_a_recipes_sources_are_checked_under_its_limit(tmp_path: Path):
     assert [problem["code"] for problem in first["problems"]] == ["row-too-long"] * 3
     assert [problem["code"] for problem in second["problems"]] == ["image-missing"] * 2
     assert first["max_length"] == 20 and first["measure"].startswith("counted with the processor of microworld")
+
+
+@pytest.mark.parametrize(
+    ("settings", "severity", "frames"),
+    [({}, "error", None), ({"damaged_videos": "shorten"}, "warning", 4), ({"damaged_videos": "shorten", "min_frames": 5}, "error", None)],
+    ids=["refuse", "shorten", "shorten to enough"],
+)
+def test_a_check_and_training_judge_a_damaged_video_alike(tmp_path: Path, caplog, settings: dict, severity: str, frames: int | None):
+    clip = cut_video(tmp_path / "clip.mkv")
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"movie": "clip.mkv", "question": "What happens?", "answer": "Rain."}\n')
+    source = open_source(path, columns={"video": "movie"}, **settings)
+    report = check(source)
+    (fault,) = report.faults
+    assert (fault.code, fault.severity, fault.place, fault.field) == ("video-broken", severity, f"{path}:1", "movie")
+    assert str(clip) in fault.found and fault.remedy
+    assert not caplog.text  # the report says it
+    assert report.images_per_row == ({} if frames is None else {frames: 1})
+    if frames is None:
+        with pytest.raises(MediaError, match=re.escape(fault.found)):
+            source[0]
+    else:
+        assert len(source[0].messages[0].images) == frames
+
+
+def test_a_check_and_training_judge_a_short_video_alike(tmp_path: Path, caplog):
+    video(tmp_path / "clip.mkv", seconds=0.8)
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"video": "clip.mkv", "question": "What happens?", "answer": "Rain."}\n')
+    source = open_source(path)
+    (fault,) = check(source).faults
+    assert (fault.code, fault.severity, fault.field) == ("video-short", "warning", "video")
+    assert len(source[0].messages[0].images) == 1 and not caplog.text
+    assert not check(open_source(path, max_frames=1)).faults  # one frame is what was asked for
+    source = open_source(path, min_frames=2)
+    (fault,) = check(source).faults
+    assert (fault.code, fault.severity) == ("video-short", "error")
+    with pytest.raises(MediaError, match=re.escape(fault.found)):
+        source[0]
 
 
 def test_what_is_no_data_is_refused(tmp_path: Path):

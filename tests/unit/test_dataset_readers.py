@@ -2,6 +2,7 @@
 
 import importlib
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from PIL import Image
 from tests import dataset_fixtures
 from tests.dataset_fixtures import by_id, colour, opened, texts
 
+from metamorph.data.check import check
 from metamorph.errors import ConfigError, DataError, MediaError, RecordError
 from metamorph.media import open_image
 from metamorph.messages import ImagePart, Message, TextPart, VideoPart
@@ -79,6 +81,40 @@ def test_share_video_names_the_row_whose_frames_are_missing(tmp_path):
     (tmp_path / "train_300k" / "SRhIRNhtdxQ").rename(tmp_path / "gone")
     with pytest.raises(MediaError, match=r"video_240k_caption_15k\.jsonl:2, video\)\. Unpack"):
         source[1]
+
+
+@pytest.mark.parametrize(
+    ("reader", "file", "field"),
+    [
+        ("video_star", "FineDiving/17_8.mp4", "video"),
+        ("share_video", "train_300k/v_XNTy5ZTMqVU-Scene-011/c01_0003.jpeg", "video"),
+        ("howto100m", "videos/nVbIUDjzWY4.mp4", "video_id"),
+        ("something_something", "20bn-something-something-v2/1420.webm", "id"),
+    ],
+)
+def test_a_damaged_video_is_refused_or_shortened_in_training_and_in_a_check(reader, file, field, tmp_path, caplog):
+    source = opened(reader, tmp_path)
+    if reader == "share_video":
+        (tmp_path / file).write_bytes(b"no image")
+    else:
+        (tmp_path / file).write_bytes(dataset_fixtures.cut_video(tmp_path / "cut.webm", 16.0).read_bytes())
+    with pytest.raises(
+        MediaError, match=rf"only \d+ frames of \d+ .*{Path(file).name}.* but a whole video is expected \(\S+, {field}\)\. Fetch"
+    ) as error:
+        source[0]
+    assert error.value.fault is not None and error.value.fault[0] == "video-broken"
+    module = importlib.import_module(f"metamorph.data.datasets.{reader}")
+    shortened = module.source(str(tmp_path), damaged_videos="shorten")
+    for one, severity in ((source, "error"), (shortened, "warning")):
+        found = [fault for fault in check(one, sample=1).faults if fault.code == "video-broken"]
+        assert [(fault.severity, fault.field) for fault in found] == [(severity, field)]
+        assert found[0].place in str(error.value)
+        assert not caplog.text
+    assert shortened[0].messages[0].images == shortened[0].messages[0].images != ()
+    (record,) = (record for record in caplog.records if record.levelname == "WARNING")
+    assert "only" in record.message and str(tmp_path / file if reader != "share_video" else (tmp_path / file).parent) in record.message
+    with pytest.raises(ConfigError, match="damaged_videos 'cut'"):
+        module.source(str(tmp_path), damaged_videos="cut")
 
 
 def test_pairs_ask_with_the_caption_and_answer_with_the_image(tmp_path):

@@ -1,17 +1,20 @@
 """Files as a source of examples: quick to open, checked when asked for, and every error names file, line and field."""
 
+import io
 import json
 import pickle
+import tarfile
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from PIL import Image
+from tests.dataset_fixtures import cut_video, video
 
 from metamorph.data.mixture import ExampleSource
 from metamorph.data.record_files import write_jsonl
 from metamorph.data.source import open_source
 from metamorph.errors import ConfigError, MediaError, RecordError
-from metamorph.messages import Example, Message
+from metamorph.messages import Example, Message, VideoPart
 from metamorph.training.assembly import load_source
 from metamorph.training.config import SourceConfig
 
@@ -142,3 +145,48 @@ def test_a_file_in_which_our_records_and_others_mix_is_read_by_the_looser_rule(t
     source = open_source(write(tmp_path / "rows.jsonl", line(0), other))
     assert source.settings.format == "messages"
     assert len(source[1].messages[0].images) == 1
+
+
+def about_videos(*names):
+    return [json.dumps({"video": name, "question": f"What happens in {number}?", "answer": "Rain."}) for number, name in enumerate(names)]
+
+
+def test_a_damaged_video_is_refused_or_shortened_with_one_warning(tmp_path, caplog):
+    clip = cut_video(tmp_path / "clip.mkv")
+    path = write(tmp_path / "rows.jsonl", *about_videos("clip.mkv", "clip.mkv"))
+    with pytest.raises(
+        MediaError, match=r"only 4 frames of 8 .*but a whole video is expected \(.*rows\.jsonl:1, video\)\. Fetch it again, or"
+    ) as error:
+        open_source(path)[0]
+    assert error.value.fault is not None and error.value.fault[0] == "video-broken"
+    source = open_source(path, damaged_videos="shorten")
+    for index in (0, 1, 0):
+        (part,) = (part for part in source[index].messages[0].parts if isinstance(part, VideoPart))
+        assert (len(part.frames), part.fps) == (4, 1.0)
+    (record,) = caplog.records  # of three readings of one video
+    assert record.levelname == "WARNING" and str(clip) in record.message and "only 4 frames of 8" in record.message
+    assert len(open_source(path, max_frames=3)[0].messages[0].images) == 3  # all of them lie before the break
+
+
+def test_a_damaged_video_within_a_row_is_named_by_its_row(tmp_path, caplog):
+    members = {"1.mkv": cut_video(tmp_path / "clip.mkv").read_bytes(), "1.json": b'{"question": "What happens?", "answer": "Rain."}'}
+    with tarfile.open(tmp_path / "shard.tar", "w") as tar:
+        for name, data in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    assert len(open_source(tmp_path / "shard.tar", damaged_videos="shorten")[0].messages[0].images) == 4
+    assert f"{tmp_path / 'shard.tar'} sample 1 video: only 4 frames of 8" in caplog.text
+    with pytest.raises(MediaError, match=r"shard\.tar sample 1, video"):
+        open_source(tmp_path / "shard.tar")[0]
+
+
+def test_videos_may_be_required_to_give_some_frames(tmp_path):
+    video(tmp_path / "clip.mkv", seconds=2)
+    path = write(tmp_path / "rows.jsonl", *about_videos("clip.mkv"))
+    assert len(open_source(path, min_frames=2)[0].messages[0].images) == 2
+    with pytest.raises(MediaError, match=r"2 frame\(s\) from 2 s .* but at least 3 are needed .*rows\.jsonl:1, video"):
+        open_source(path, min_frames=3)[0]
+    for wrong in ({"min_frames": 0}, {"min_frames": 46}, {"min_frames": 3, "max_frames": 2}, {"fps": 0.0}, {"damaged_videos": "cut"}):
+        with pytest.raises(ConfigError):
+            open_source(path, **wrong)
