@@ -1,5 +1,6 @@
 """Rows of every kind of container: told apart by content, read by position, faults named with their place; nothing missing silently."""
 
+import csv
 import io
 import json
 import multiprocessing
@@ -17,7 +18,7 @@ from metamorph.data.image_folder import CaptionedImages, CsvLines
 from metamorph.data.json_files import JsonArray, JsonLines
 from metamorph.data.mixture import Mixture, WeightedSource
 from metamorph.data.parquet import TableRows, open_hub, parse_reference
-from metamorph.data.rows import Rows
+from metamorph.data.rows import Rows, refuse_broken_files
 from metamorph.data.stream import BatchStream
 from metamorph.data.streaming import stream_rows
 from metamorph.data.webdataset import TarSamples
@@ -147,7 +148,7 @@ def test_wide_encodings_are_refused_with_the_command_that_helps(text, encoding, 
 
 def test_long_lines_are_refused_unread(tmp_path):
     path = write(tmp_path / "rows.jsonl", '{"n": 0}\n{"n": "' + "x" * 100 + '"}\n')
-    fault = JsonLines(path, max_line_bytes=50).row_or_fault(1)
+    fault = JsonLines(path, max_row_bytes=50).row_or_fault(1)
     assert (fault.code, "at most 50" in fault.expected) == ("row-too-large", True)
     array = write(tmp_path / "rows.json", '[{"n": "' + "x" * 100 + '"}, {}]')
     assert JsonArray(array, max_row_bytes=50).row_or_fault(0).code == "row-too-large"
@@ -288,6 +289,70 @@ def test_a_broken_row_of_csv_is_named(row, code, tmp_path):
     fault = rows.row_or_fault(1)
     assert (fault.code, fault.place) == (code, f"{path}:3")
     assert rows[2].values["caption"] == "two"
+
+
+@pytest.mark.parametrize("broken", ["z.jpg,one,two", "z.jpg", 'z.jpg,"one" more'])
+@pytest.mark.parametrize("columns", ["file_name,text", "picture,words"])
+def test_a_broken_first_row_hides_neither_a_csv_nor_its_captions(columns, broken, tmp_path):
+    path = write(tmp_path / "table.csv", f"{columns}\n{broken}\na.jpg,one\nb.jpg,two\nc.jpg,three\n")
+    rows = open_rows(path)
+    assert isinstance(rows, CaptionedImages if columns == "file_name,text" else CsvLines)
+    assert (rows.row_or_fault(0).code, rows.row_or_fault(0).place) == ("csv", f"{path}:2")
+    assert rows[1].values["caption" if columns == "file_name,text" else "words"] == "one"
+
+
+@pytest.mark.parametrize("broken", ['{"file_name": "a.jpg", "text', '{"file_name": "a.jpg"}', "7"])
+def test_a_broken_first_line_does_not_hide_captions_in_json(broken, tmp_path):
+    good = "".join(json.dumps({"file_name": f"{n}.jpg", "text": "red"}) + "\n" for n in range(3))
+    rows = open_rows(write(tmp_path / "captions.jsonl", f"{broken}\n{good}"))
+    assert isinstance(rows, CaptionedImages)
+    assert rows[1].values["caption"] == "red"
+    talk = json.dumps({"image": "a.jpg", "text": "x", "conversations": []})
+    assert isinstance(open_rows(write(tmp_path / "talk.jsonl", f"{broken}\n{talk}\n{talk}\n{talk}\n")), JsonLines)
+
+
+def test_a_value_of_csv_over_the_modules_limit_is_named_as_such_and_the_limit_stays(tmp_path):
+    limit = csv.field_size_limit()
+    long = "x" * (limit + 1)
+    path = write(tmp_path / "captions.csv", f'file_name,text\na.jpg,{long}\nb.jpg,two\nc.jpg,"open\n{long}\nd.jpg,four\n')
+    rows = open_rows(path)
+    assert len(rows) == 3  # the quote that is not closed takes all that follows
+    for index, place in ((0, ":2"), (2, ":4")):
+        fault = rows.row_or_fault(index)
+        assert (fault.code, fault.place, fault.severity) == ("csv", f"{path}{place}", "error")
+        assert f"more than {limit} characters" in fault.found and "quote that is not closed" in fault.remedy
+    assert rows[1].values["caption"] == "two"
+    assert csv.field_size_limit() == limit
+    path.write_text('file_name,text\na.jpg,one\nb.jpg,"two\nc.jpg,three\n')
+    fault = open_rows(path).row_or_fault(1)
+    assert (fault.code, fault.place, fault.found) == ("csv", f"{path}:3", "a double quote that is not closed")
+    assert open_rows(write(tmp_path / "whole.csv", f'file_name,text\na.jpg,"{long[2:]}"\n'))[0].values["caption"] == long[2:]
+
+
+@pytest.mark.parametrize(
+    ("header", "number", "said"),
+    [
+        (b'file_name,"text', 2, "not closed"),
+        (b'file_name,"text', 20_000, "more than"),
+        (b"file_name,te\xffxt", 2, "not UTF-8"),
+        (b"file_name," + b"x" * 140_000, 2, "more than"),
+    ],
+)
+def test_a_broken_header_of_csv_is_a_fault_of_the_file(header, number, said, tmp_path):
+    path = tmp_path / "captions.csv"
+    path.write_bytes(header + b"\n" + b"a.jpg,one\n" * number)
+    rows = CsvLines(path)
+    (fault,) = rows.faults()
+    assert (fault.place, fault.severity, said in fault.found) == (f"{path}:1", "error", True)
+    with pytest.raises(RecordError, match=said):
+        refuse_broken_files(rows)
+    if len(rows):
+        assert rows.row_or_fault(0) == fault
+
+
+def test_rows_of_csv_that_a_carriage_return_parts_are_not_joined(tmp_path):
+    rows = open_rows(write(tmp_path / "captions.csv", "file_name,text\na.jpg,one\nb.jpg\rtwo\n"))
+    assert "carriage return" in rows.row_or_fault(1).found
 
 
 def test_other_columns_of_csv_are_left_to_a_mapping(tmp_path):

@@ -12,16 +12,16 @@ from typing import BinaryIO
 import numpy as np
 from jaxtyping import Bool, Int64
 
-from metamorph.data.file_index import FileIndex, IndexWriter, Notes, Progress, open_index
-from metamorph.data.line_index import BLANK, BOM, CHUNK
+from metamorph.data.file_index import IndexWriter, Notes, Progress
+from metamorph.data.line_index import BLANK, BOM, CHUNK, RowIndex
 
 _NEWLINE, _RETURN, _QUOTE, _BACKSLASH = 10, 13, 34, 92
 _OPEN, _CLOSE, _CASE = 0x5B, 0x5D, 0x20  # [ and ]; with the bit that tells cases apart set: { and }
 _SHOWN = 40  # bytes of stray text that errors quote
 
 
-class ArrayIndex:
-    """Where the elements of an array lie.
+class ArrayIndex(RowIndex):
+    """Where the elements of an array lie that are objects or arrays; the comma and white space behind one are part of its span.
 
     Args:
         file: the file; its first byte after white space is `[`.
@@ -32,26 +32,7 @@ class ArrayIndex:
     """
 
     def __init__(self, file: Path, *, progress: Progress = False) -> None:
-        self._index: FileIndex = open_index(file, "array", _scan, progress=progress)
-
-    def __len__(self) -> int:
-        """Number of objects and arrays in the array."""
-        return max(0, self._index.count("starts") - 1)
-
-    @property
-    def location(self) -> Path:
-        """The index on disk."""
-        return self._index.location
-
-    @property
-    def has_bom(self) -> bool:
-        """The file begins with a byte order mark."""
-        return self._index.notes["bom"]
-
-    @property
-    def num_crlf(self) -> int:
-        """Lines that end in CR LF."""
-        return self._index.notes["crlf"]
+        super().__init__(file, "array", _scan, progress)
 
     @property
     def is_closed(self) -> bool:
@@ -77,11 +58,6 @@ class ArrayIndex:
     def stray_tail(self) -> str:
         """What follows the array."""
         return self._index.notes["tail"]
-
-    def span(self, row: int) -> tuple[int, int]:
-        """First byte of an element and the first of the next, or of the last bracket: a comma and white space are included."""
-        starts = self._index.section("starts")
-        return int(starts[row]), int(starts[row + 1])
 
     def line(self, row: int) -> int | None:
         """The number, from 1, of the line on which an element begins; None where lines do not tell elements apart."""

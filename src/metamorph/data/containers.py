@@ -24,9 +24,10 @@ from typing import Literal, NamedTuple, TypeAlias
 from metamorph.data.faults import Fault
 from metamorph.data.file_index import Progress
 from metamorph.data.image_folder import IMAGE_SUFFIXES, CaptionedImages, CsvLines, find_captions, holds_captions, looks_like_csv
-from metamorph.data.json_files import JsonArray, JsonLines, wide_encoding
+from metamorph.data.json_files import JsonArray, JsonLines
 from metamorph.data.line_index import BLANK, BOM, read_span
 from metamorph.data.rows import FaultyRows, RawRow, Rows
+from metamorph.data.text_rows import wide_encoding
 from metamorph.data.webdataset import TarSamples
 from metamorph.errors import RecordError
 
@@ -238,8 +239,8 @@ def _refuse_splits(shards: Sequence[Path], folder: Path) -> None:
 
 
 def _is_ours(name: str) -> bool:
-    """Files that lie beside data, and are none: indexes, lists of what was set aside, hidden files."""
-    return os.path.basename(name).startswith(".") or name.endswith((".index", ".quarantine.jsonl", ".partial"))
+    """Files that lie beside data, and are none: indexes, hidden files."""
+    return os.path.basename(name).startswith(".") or name.endswith((".index", ".partial"))
 
 
 def _refuse_repeats(found: Sequence[_Found]) -> None:

@@ -10,14 +10,18 @@ from __future__ import annotations
 import csv
 import io
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from functools import cached_property
+from itertools import islice
 from pathlib import Path, PurePosixPath
+from typing import NamedTuple
 
 from metamorph.data.faults import Fault
 from metamorph.data.file_index import Progress
-from metamorph.data.json_files import MAX_ROW_BYTES, JsonLines, bom_fault, encoding_fault, no_rows, too_long
-from metamorph.data.line_index import BOM, LineIndex, read_span
-from metamorph.data.rows import FaultyRows, RawRow
+from metamorph.data.json_files import JsonLines
+from metamorph.data.line_index import BOM, LineIndex
+from metamorph.data.rows import FaultyRows, RawRow, no_rows
+from metamorph.data.text_rows import TextRows
 
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm"})
 FILE_COLUMNS = ("file_name", "image", "path")
@@ -27,76 +31,87 @@ _CONVERSATIONS = ("messages", "conversations")
 _NAMES = ("metadata", "captions")
 _DELIMITERS = (",", "\t", ";")
 _COMPARED = 20_000
+_PROBED = 20  # rows by which a file is told
 _SHOWN = 3
 
 
-class CsvLines(FaultyRows):
-    """The rows of a CSV or TSV file below its header, each a dict of texts.
-
-    Args:
-        path: the file.
-        image_root: the folder to which media paths refer; default: the file's own.
-        name: how tables and errors call it; default: the file's name without ending.
-        progress: show how far the index is.
-
-    Raises:
-        RecordError: the file cannot be read, or its index cannot be written.
-    """
-
-    def __init__(self, path: Path, *, image_root: Path | None = None, name: str = "", progress: Progress = False) -> None:
-        self.path, self.root, self.name = path, image_root or path.parent, name or path.stem
-        self._encoding = encoding_fault(path)
-        self._lines = None if self._encoding else LineIndex(path, quoted=True, progress=progress)
-        self._delimiter, self._columns = ",", list[str]()
-        if self._lines:
-            header = _decode(read_span(path, *self._lines.span(0))) if len(self._lines) else ""
-            self._delimiter = find_delimiter(header) or ","
-            self._columns = next(csv.reader([header], delimiter=self._delimiter), [])
+class CsvLines(TextRows[LineIndex]):
+    """The rows of a CSV or TSV file below its header, each a dict of texts. Arguments and errors: see `TextRows`."""
 
     def __len__(self) -> int:
         """Number of rows, without the header."""
-        return max(0, len(self._lines) - 1) if self._lines else 0
+        return max(0, super().__len__() - 1)
+
+    @property
+    def columns(self) -> Sequence[str]:
+        """Names of the columns; none where there are no rows, or the header cannot be read."""
+        return () if not len(self) or isinstance(self._header, Fault) else self._header.columns
 
     def row_or_fault(self, index: int, /) -> RawRow | Fault:
-        """The values of a row by column, or what is wrong with it.
+        """The values of a row by column, or what is wrong with it, or with the header.
 
         Raises:
             IndexError: there is no such row.
         """
         self.check_index(index, str(self.path))
-        assert self._lines is not None
-        place = f"{self.path}:{self._lines.line(index + 1)}"
-        start, end = self._lines.span(index + 1)
-        if end - start > MAX_ROW_BYTES:
-            return too_long(end - start, MAX_ROW_BYTES, place)
-        try:
-            text = read_span(self.path, start, end).decode("utf-8").rstrip("\r\n")
-            rows = list(csv.reader(io.StringIO(text, newline=""), delimiter=self._delimiter, strict=True))
-        except UnicodeDecodeError as error:
-            return Fault(
-                "encoding", place, "", f"bytes that are not UTF-8 ({error.reason})", "UTF-8 is expected", "Save the file as UTF-8."
-            )
-        except csv.Error as error:
-            return Fault("csv", place, "", f"a row that is no CSV ({error})", "one row is expected", "Double each quote inside of quotes.")
-        if len(rows) != 1 or len(rows[0]) != len(self._columns):
-            found = f"{sum(map(len, rows))} values"
+        if isinstance(self._header, Fault):
+            return self._header
+        place = f"{self.path}:{self._index.line(index + 1)}"
+        text = self._text(index + 1, place)
+        values = text if isinstance(text, Fault) else _values(text, self._header.delimiter, place)
+        if isinstance(values, Fault):
+            return values
+        if len(values) != len(self._header.columns):
             remedy = "Put values with a delimiter, quote or line end in double quotes, and double the quotes inside of them."
-            return Fault("csv", place, "", found, f"{len(self._columns)} are expected, as many as columns", remedy)
-        return RawRow(dict(zip(self._columns, rows[0], strict=True)), place)
+            expected = f"{len(self._header.columns)} are expected, as many as columns"
+            return Fault("csv", place, "", f"{len(values)} values", expected, remedy)
+        return RawRow(dict(zip(self._header.columns, values, strict=True)), place)
 
-    def faults(self) -> Iterator[Fault]:
-        """The encoding, a byte order mark, columns of one name, no rows. Line ends of Windows are usual in CSV."""
-        if self._lines is None:
-            assert self._encoding is not None
-            yield self._encoding
+    @cached_property
+    def _header(self) -> _Header | Fault:
+        """The first row; only where there is one."""
+        place = f"{self.path}:{self._index.line(0)}"
+        text = self._text(0, place)
+        if isinstance(text, Fault):
+            return text
+        try:
+            delimiter = find_delimiter(text) or ","
+        except csv.Error as error:
+            return _no_csv(error, place)
+        columns = _values(text, delimiter, place)
+        return columns if isinstance(columns, Fault) else _Header(delimiter, columns)
+
+    def _text(self, entry: int, place: str) -> str | Fault:
+        data = self._read(entry, place)
+        if isinstance(data, Fault):
+            return data
+        try:
+            return data.decode("utf-8").rstrip("\r\n")
+        except UnicodeDecodeError as error:
+            found = f"bytes that are not UTF-8 ({error.reason})"
+            return Fault("encoding", place, "", found, "UTF-8 is expected", "Save the file as UTF-8.")
+
+    def _open_index(self, progress: Progress) -> LineIndex:
+        return LineIndex(self.path, quoted=True, progress=progress)
+
+    def _faults(self) -> Iterator[Fault]:
+        """A header that cannot be read or has columns of one name, no rows. Line ends of Windows are usual in CSV."""
+        header = self._header if len(self._index) else _Header(",", [])
+        if isinstance(header, Fault):
+            yield header
             return
-        if self._lines.has_bom:
-            yield bom_fault(self.path)
-        if repeated := sorted({name for name in self._columns if self._columns.count(name) > 1}):
+        if repeated := sorted({name for name in header.columns if header.columns.count(name) > 1}):
             found = f"the columns {', '.join(map(repr, repeated))} more than once"
             yield Fault("csv", f"{self.path}:1", "", found, "names that differ are expected", "Rename them.")
         if not len(self):
             yield no_rows(self.path, "a header and one row per image")
+
+
+class _Header(NamedTuple):
+    """What the first row says."""
+
+    delimiter: str
+    columns: list[str]
 
 
 class CaptionedImages(FaultyRows):
@@ -156,9 +171,14 @@ class CaptionedImages(FaultyRows):
 
 
 def holds_captions(rows: CsvLines | JsonLines) -> bool:
-    """Whether the first row names an image and its caption, and is no conversation."""
-    row = rows.row_or_fault(0) if len(rows) else None
-    return isinstance(row, RawRow) and _has_both(row.values) and not any(name in row.values for name in _CONVERSATIONS)
+    """Whether the header, or most of the first rows that can be read, name an image and its caption, and are no conversations."""
+    if isinstance(rows, CsvLines):
+        names: list[Collection[str]] = [rows.columns]
+    else:
+        first = map(rows.row_or_fault, range(min(len(rows), _PROBED)))
+        names = [row.values for row in first if isinstance(row, RawRow)]
+    told = [_has_both(one) and not any(name in one for name in _CONVERSATIONS) for one in names]
+    return 2 * sum(told) > len(told)
 
 
 def find_captions(files: Sequence[Path]) -> list[Path]:
@@ -168,23 +188,43 @@ def find_captions(files: Sequence[Path]) -> list[Path]:
 
 def find_delimiter(header: str) -> str | None:
     """What separates the columns of a header, if it is one: several names, none of them empty."""
-    read = {delimiter: next(csv.reader([header], delimiter=delimiter), []) for delimiter in _DELIMITERS}
+    read = {delimiter: next(csv.reader(io.StringIO(header, newline=""), delimiter=delimiter), []) for delimiter in _DELIMITERS}
     likely = [delimiter for delimiter, columns in read.items() if len(columns) > 1 and all(map(str.strip, columns))]
     return next((delimiter for delimiter in likely if _has_both(read[delimiter])), likely[0] if likely else None)
 
 
 def looks_like_csv(head: bytes) -> bool:
-    """Whether the first bytes of a file are a header and a row of as many values."""
-    lines = _decode(head).splitlines()
+    """Whether the first bytes of a file are a header and rows, of which some may be broken: of captions, or mostly of as many values."""
+    lines = head.removeprefix(BOM).decode("utf-8", "replace").rstrip("\r\n").splitlines()
     if len(lines) < 2 or b"\0" in head or (delimiter := find_delimiter(lines[0])) is None:
         return False
-    rows = csv.reader(io.StringIO("\n".join(lines), newline=""), delimiter=delimiter)
-    return len(next(rows)) == len(next(rows, []))
+    columns, *rows = islice(filter(None, csv.reader(io.StringIO("\n".join(lines), newline=""), delimiter=delimiter)), 1 + _PROBED)
+    return _has_both(columns) or 2 * sum(len(row) == len(columns) for row in rows) >= max(1, len(rows))
 
 
-def _has_both(columns: Sequence[str] | object) -> bool:
-    return any(name in columns for name in FILE_COLUMNS) and any(name in columns for name in CAPTION_COLUMNS)  # pyright: ignore[reportOperatorIssue]
+def _has_both(columns: Collection[str]) -> bool:
+    return any(name in columns for name in FILE_COLUMNS) and any(name in columns for name in CAPTION_COLUMNS)
 
 
-def _decode(data: bytes) -> str:
-    return data.removeprefix(BOM).decode("utf-8", "replace").rstrip("\r\n")
+def _values(text: str, delimiter: str, place: str) -> list[str] | Fault:
+    """The values of one row, strictly."""
+    try:
+        rows = list(csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True))
+    except csv.Error as error:
+        return _no_csv(error, place)
+    if len(rows) != 1:
+        found, remedy = f"{len(rows)} rows between carriage returns", "Put values that have one in double quotes, or end lines in LF."
+        return Fault("csv", place, "", found, "one row a line is expected", remedy)
+    return rows[0]
+
+
+def _no_csv(error: csv.Error, place: str) -> Fault:
+    """Why a row is none. The csv module's limit on a value holds for the whole process, so it is named, not raised."""
+    if "field limit" in str(error):
+        found, expected = f"a value of more than {csv.field_size_limit()} characters", "captions are shorter"
+        remedy = "Look for a double quote that is not closed, here or on the lines below; write longer texts as JSON lines."
+        return Fault("csv", place, "", found, expected, remedy)
+    if "end of data" in str(error):
+        remedy = "Close it, or double it where it belongs to the text."
+        return Fault("csv", place, "", "a double quote that is not closed", "one row is expected", remedy)
+    return Fault("csv", place, "", f"a row that is no CSV ({error})", "one row is expected", "Double each quote inside of quotes.")

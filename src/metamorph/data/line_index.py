@@ -14,7 +14,7 @@ from typing import BinaryIO
 import numpy as np
 from jaxtyping import Bool, Int64
 
-from metamorph.data.file_index import FileIndex, IndexWriter, Notes, Progress, open_index
+from metamorph.data.file_index import IndexWriter, Notes, Progress, Scan, open_index
 
 CHUNK = 2**20
 """Bytes read at a time: small enough for what is computed from them to stay in the processor's cache."""
@@ -24,8 +24,49 @@ BLANK = b" \t\r\n"
 _NEWLINE, _RETURN, _SPACE, _QUOTE = 10, 13, 32, 34
 
 
-class LineIndex:
-    """Where the rows of a text file lie.
+class RowIndex:
+    """Where the rows of a text file lie, whatever tells them apart.
+
+    Args:
+        file: the file.
+        kind: how it is scanned.
+        scan: does it, where there is no index yet; tells of a byte order mark as `bom`, and of line ends of Windows as `crlf`.
+        progress: show how far the scan is.
+
+    Raises:
+        RecordError: the file cannot be read, or its index cannot be written.
+    """
+
+    def __init__(self, file: Path, kind: str, scan: Scan, progress: Progress) -> None:
+        self._index = open_index(file, kind, scan, progress=progress)
+
+    def __len__(self) -> int:
+        """Number of rows."""
+        return max(0, self._index.count("starts") - 1)
+
+    @property
+    def location(self) -> Path:
+        """The index on disk."""
+        return self._index.location
+
+    @property
+    def has_bom(self) -> bool:
+        """The file begins with a byte order mark, which belongs to no row."""
+        return self._index.notes["bom"]
+
+    @property
+    def num_crlf(self) -> int:
+        """Lines that end in CR LF."""
+        return self._index.notes["crlf"]
+
+    def span(self, row: int) -> tuple[int, int]:
+        """First byte of a row and of what follows its last; what lies before the next row is included."""
+        starts = self._index.section("starts")
+        return int(starts[row]), int(starts[row + 1])
+
+
+class LineIndex(RowIndex):
+    """Where the lines of a text file lie that are not blank; a line reaches over the blank ones behind it.
 
     Args:
         file: the file.
@@ -37,37 +78,13 @@ class LineIndex:
     """
 
     def __init__(self, file: Path, *, quoted: bool = False, progress: Progress = False) -> None:
-        self._index: FileIndex = open_index(file, "quoted lines" if quoted else "lines", partial(_scan, quoted=quoted), progress=progress)
+        super().__init__(file, "quoted lines" if quoted else "lines", partial(_scan, quoted=quoted), progress)
         self._quoted = quoted
-
-    def __len__(self) -> int:
-        """Number of lines that are not blank."""
-        return max(0, self._index.count("starts") - 1)
-
-    @property
-    def location(self) -> Path:
-        """The index on disk."""
-        return self._index.location
-
-    @property
-    def num_crlf(self) -> int:
-        """Lines that end in CR LF."""
-        return self._index.notes["crlf"]
-
-    @property
-    def has_bom(self) -> bool:
-        """The file begins with a byte order mark, which belongs to no row."""
-        return self._index.notes["bom"]
 
     @property
     def ends_open(self) -> bool:
         """No line end follows the last row."""
         return self._index.notes["open"]
-
-    def span(self, row: int) -> tuple[int, int]:
-        """First byte of a row and the byte after its last; blank lines after it are included."""
-        starts = self._index.section("starts")
-        return int(starts[row]), int(starts[row + 1])
 
     def line(self, row: int) -> int:
         """The number, from 1, of the line on which a row begins."""

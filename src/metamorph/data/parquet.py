@@ -16,8 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from metamorph.data.faults import Fault
-from metamorph.data.json_files import no_rows
-from metamorph.data.rows import FaultyRows, RawRow
+from metamorph.data.rows import FaultyRows, RawRow, no_rows
 from metamorph.errors import HubError, RecordError
 
 if TYPE_CHECKING:

@@ -94,6 +94,11 @@ class FaultyRows(ABC):
             raise IndexError(f"row {index} but 0 to {len(self) - 1} exist ({name})")
 
 
+def no_rows(path: Path, expected: str) -> Fault:
+    """A file without rows, which is an error: a source that gives nothing cannot be meant."""
+    return Fault("empty", str(path), "", "0 rows", f"{expected} is expected", "Fill the file or leave it out.")
+
+
 OF_ONE_ROW = frozenset({"orphan"})
 """Codes of faults of a file that concern one row only: whoever reads that row meets them there."""
 

@@ -24,8 +24,8 @@ import numpy as np
 from metamorph.data.faults import Fault
 from metamorph.data.file_index import FileIndex, IndexWriter, Notes, Progress, open_index
 from metamorph.data.image_folder import IMAGE_SUFFIXES
-from metamorph.data.json_files import no_rows, parse_row
-from metamorph.data.rows import FaultyRows, RawRow
+from metamorph.data.json_files import parse_row
+from metamorph.data.rows import FaultyRows, RawRow, no_rows
 
 VIDEO_SUFFIXES = frozenset({".mp4", ".webm", ".mkv", ".mov", ".avi"})
 
