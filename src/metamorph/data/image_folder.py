@@ -171,14 +171,12 @@ class CaptionedImages(FaultyRows):
 
 
 def holds_captions(rows: CsvLines | JsonLines) -> bool:
-    """Whether the header, or most of the first rows that can be read, name an image and its caption, and are no conversations."""
+    """Whether the header, or the first row that tells, names an image and its caption, and no conversation."""
     if isinstance(rows, CsvLines):
-        names: list[Collection[str]] = [rows.columns]
-    else:
-        first = map(rows.row_or_fault, range(min(len(rows), _PROBED)))
-        names = [row.values for row in first if isinstance(row, RawRow)]
-    told = [_has_both(one) and not any(name in one for name in _CONVERSATIONS) for one in names]
-    return 2 * sum(told) > len(told)
+        return _tells(rows.columns) or False
+    first = map(rows.row_or_fault, range(min(len(rows), _PROBED)))
+    told = (_tells(row.values) for row in first if isinstance(row, RawRow))
+    return next((one for one in told if one is not None), False)
 
 
 def find_captions(files: Sequence[Path]) -> list[Path]:
@@ -200,6 +198,13 @@ def looks_like_csv(head: bytes) -> bool:
         return False
     columns, *rows = islice(filter(None, csv.reader(io.StringIO("\n".join(lines), newline=""), delimiter=delimiter)), 1 + _PROBED)
     return _has_both(columns) or 2 * sum(len(row) == len(columns) for row in rows) >= max(1, len(rows))
+
+
+def _tells(columns: Collection[str]) -> bool | None:
+    """Whether a row of these columns is a caption; None where they say neither that nor that it is a conversation."""
+    if any(name in columns for name in _CONVERSATIONS):
+        return False
+    return True if _has_both(columns) else None
 
 
 def _has_both(columns: Collection[str]) -> bool:
