@@ -127,6 +127,7 @@ def sources_of(config: RunConfig, *, whole_files: bool = True, first: int = 0) -
     Args:
         config: the recipe's settings.
         whole_files: refuse broken files, as training does; off to see what is wrong with them, where the reader can leave it.
+        first: rows of a stream that stand for it.
 
     Raises:
         MetaMorphError: one cannot be opened.

@@ -113,7 +113,7 @@ def open_source(
 
     if format is not None and format not in FORMATS:
         raise ConfigError(f"format {format!r} but one of {', '.join(FORMATS)} is expected (open_source). Correct or drop it.")
-    rows = open_rows(path, image_root=None if image_root is None else Path(image_root), name=name)
+    rows = open_rows(path, image_root=None if image_root is None else Path(image_root), name=name, progress=True)
     if whole_files:
         refuse_broken_files(rows)
     roots = Roots(rows.root if image_root is None else Path(image_root), _fetch() if allow_urls else None)

@@ -92,6 +92,8 @@ def stream_source(
     allow_urls: bool = False,
     fps: float = 1.0,
     max_frames: int = 45,
+    min_frames: int = 1,
+    damaged_videos: str = "refuse",
     seed: int = 0,
     split: str = "train",
     config: str | None = None,
@@ -109,13 +111,15 @@ def stream_source(
         allow_urls: fetch images that are named by a URL.
         fps: frames per second that are taken of a video (paper, section 5: 1).
         max_frames: of a video, the first ones (paper: 45).
+        min_frames: refuse videos that give fewer.
+        damaged_videos: `refuse` videos that break off, or `shorten` them to the frames before the break, with a warning in the log.
         seed: of the wording of requests where rows are pairs; the order of the rows follows the run's.
         split: which part, where the path does not say.
         config: which configuration, where the path does not say.
         block: rows that are shuffled among themselves, and held in memory.
 
     Raises:
-        ConfigError: an unknown format.
+        ConfigError: an unknown format, or settings of videos that are out of range.
     """
     if format is not None and format not in FORMATS:
         raise ConfigError(f"format {format!r} but one of {', '.join(FORMATS)} is expected (stream_source). Correct or drop it.")
@@ -130,7 +134,7 @@ def stream_source(
         format=format,  # pyright: ignore[reportArgumentType]  # one of FORMATS
         columns=dict(columns or {}),
         needs_answer=needs_answer,
-        open_video=VideoOpener(VideoSampling(fps=fps, max_frames=max_frames)),
+        open_video=VideoOpener(VideoSampling(fps=fps, max_frames=max_frames, damaged_videos=damaged_videos), min_frames),
         seed=seed,
     )
     return StreamedSource(paths, named, settings, split, config, block)
