@@ -23,7 +23,7 @@ from metamorph.data.rows import FaultyRows, RawRow
 from metamorph.data.skipping import BAD, BadRecord, encoded
 from metamorph.data.source import FileSource, VideoOpener
 from metamorph.data.streaming import StreamedRows, stream_rows
-from metamorph.data.video import VideoSampling
+from metamorph.data.video import VideoSampling, raise_or_log
 from metamorph.errors import CheckpointError, ConfigError, RecordError
 from metamorph.messages import Example
 
@@ -53,7 +53,7 @@ class StreamedSource:
         Raises:
             RecordError, MediaError: it is broken.
         """
-        example = to_example(raw, self.settings)
+        example = to_example(raw, self.settings, raise_or_log)
         assert example is not None, "a fault that leaves no example is an error, and errors raise"
         return example
 
