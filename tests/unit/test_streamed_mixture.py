@@ -107,6 +107,26 @@ def test_bad_rows_are_left_out_and_counted_or_refused(files, options):
         taken(batches(files, refuse_many, bad_records=BadRecords(1), **options), 12)
 
 
+@pytest.mark.parametrize("options", [{}, PACKED])
+def test_a_stream_of_bad_rows_only_ends(tmp_path, options):
+    def refuse_all(example):
+        raise MediaError("a broken image")
+
+    pq.write_table(pa.Table.from_pylist([talk("c", 0)]), tmp_path / "c.parquet")
+    mixture = StreamedMixture([WeightedStream(stream_source([str(tmp_path / "c.parquet")], name="c"))], seed=0)
+    stream = BatchStream(mixture, refuse_all, bad_records=BadRecords(5), **{"batch_size": 4, **options})
+    with pytest.raises(RecordError, match="a broken image"):
+        next(stream)
+
+
+def test_a_shard_that_cannot_be_read_is_named_when_it_is_reached(files, tmp_path):
+    (tmp_path / "a-0.parquet").write_bytes((files / "a-0.parquet").read_bytes())
+    (tmp_path / "a-1.parquet").write_bytes(b"no table")
+    source = stream_source([str(tmp_path / "a-0.parquet"), str(tmp_path / "a-1.parquet")], name="a")
+    with pytest.raises(RecordError, match=r"a table that cannot be read .* \(a from row \d+ on, rank 0 of 1\)"):
+        StreamedMixture([WeightedStream(source)], seed=0).draw(30)
+
+
 def test_a_state_of_another_rank_or_seed_is_refused(files):
     state = batches(files, world_size=2).state_dict()
     with pytest.raises(CheckpointError, match="rows read by rank 0 of 2 but this is rank 1 of 2"):

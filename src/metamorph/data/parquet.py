@@ -199,14 +199,14 @@ def load_table(path: str, place: str, *, progress: bool = False, cache_dir: Path
     silent = datasets.are_progress_bars_disabled()
     (datasets.enable_progress_bars if progress else datasets.disable_progress_bars)()
     try:
-        with _errors_named(place):
+        with errors_named(place):
             return datasets.load_dataset(path, cache_dir=None if cache_dir is None else str(cache_dir), **options)
     finally:
         (datasets.disable_progress_bars if silent else datasets.enable_progress_bars)()
 
 
 @contextmanager
-def _errors_named(place: str) -> Iterator[None]:
+def errors_named(place: str) -> Iterator[None]:
     """What goes wrong inside of `datasets`, as errors of ours."""
     from datasets.exceptions import DatasetsError
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
@@ -216,6 +216,6 @@ def _errors_named(place: str) -> Iterator[None]:
         yield
     except (HfHubHTTPError, OfflineModeIsEnabled, ConnectionError) as error:
         raise HubError(f"a hub that does not answer ({error}) but a data set is wanted ({place}). Check name and network.") from error
-    except (DatasetsError, ArrowException, ValueError, OSError) as error:
+    except (DatasetsError, ArrowException, ValueError, TypeError, OSError) as error:
         reason = " ".join(str(error).split())
         raise RecordError(f"a table that cannot be read ({reason}) but rows of equal columns are needed ({place}). Check it.") from error

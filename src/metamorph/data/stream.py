@@ -318,6 +318,9 @@ def _reads(
         if read.item is not None:  # else it was left out, and the next one tells of it
             yield replace(read, bad=bad)
             bad = ()
+        elif len(bad) > (reader.skip or 0):  # a stream of nothing else would be read without end
+            found = f"{len(bad)} bad rows one after another, the last: {bad[-1].error}"
+            raise RecordError(f"{found} but at most {reader.skip} may be skipped (source {bad[-1].source}). Repair them.")
 
 
 def _share(mixture: Mixture | StreamedMixture, rank: int, world_size: int) -> Iterator[tuple[Any, Place | StreamedPlace]]:

@@ -59,7 +59,8 @@ class StreamedSource:
 
     def head(self, number: int) -> FileSource:
         """The first rows, held in memory: what can be looked at and checked of a stream."""
-        return FileSource(FirstRows(tuple(islice(self.rows(None), number)), self.name, self.settings.roots.folder), self.settings)
+        few = replace(self, block=max(1, min(self.block, number)))  # a whole block would be read for the first of its rows
+        return FileSource(FirstRows(tuple(islice(few.rows(None), number)), self.name, self.settings.roots.folder), self.settings)
 
 
 class FirstRows(FaultyRows):
@@ -208,7 +209,8 @@ class StreamedMixture:
         """The next rows of this rank.
 
         Raises:
-            RecordError: a stream has no rows for it.
+            RecordError: a stream has no rows for it, or cannot be read further.
+            HubError: the hub does not answer.
         """
         return [self._next() for _ in range(number)]
 

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
-from metamorph.data.parquet import load_table, parse_reference
+from metamorph.data.parquet import errors_named, load_table, parse_reference
 from metamorph.data.rows import RawRow
 from metamorph.errors import CheckpointError, ConfigError
 
@@ -63,14 +63,19 @@ class StreamedRows:
         self._state: dict[str, Any] = {"epoch": 0, "block": 0, "taken": 0, "stream": None}
 
     def __iter__(self) -> Iterator[RawRow]:
-        """The rows of the present epoch that are left; the next call begins the next epoch."""
+        """The rows of the present epoch that are left; the next call begins the next epoch.
+
+        Raises:
+            RecordError: a shard is broken, or has other columns than the first.
+            HubError: the hub does not answer.
+        """
         worker = get_worker_info()
         self._stream.set_epoch(self._state["epoch"])
         if self._state["stream"] is None:
             self._state["stream"] = _plain(self._stream.state_dict())
         self._stream.load_state_dict(self._state["stream"])
         rows, number = iter(self._stream), self._state["block"] * self._block
-        while block := _read(rows, self._block):
+        while block := _read(rows, self._block, f"{self.name} from row {number} on, {self._share(worker)}"):
             following = _plain(self._stream.state_dict())
             order = self._order(len(block), 0 if worker is None else worker.id)
             for taken in range(self._state["taken"], len(block)):
@@ -159,12 +164,13 @@ def stream_rows(
     return StreamedRows(stream, name or default, seed=seed, block=block, rank=rank, world_size=world_size)
 
 
-def _read(rows: Iterator[Any], number: int) -> list[dict[str, Any]]:
+def _read(rows: Iterator[Any], number: int, place: str) -> list[dict[str, Any]]:
     """The next rows of a stream of tables of one row each."""
     logger = logging.getLogger("datasets.iterable_dataset")
     logger.addFilter(_is_true)
     try:
-        return [table.to_pylist()[0] for table in islice(rows, number)]
+        with errors_named(place):
+            return [table.to_pylist()[0] for table in islice(rows, number)]
     finally:
         logger.removeFilter(_is_true)
 
