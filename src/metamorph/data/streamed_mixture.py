@@ -103,7 +103,8 @@ def stream_source(
     """A data set as a stream, for recipes: what is too large to be downloaded. It needs `order: infinite` and a number of steps.
 
     Args:
-        path: `hf://datasets/OWNER/NAME[@REVISION][:CONFIG][/SPLIT]`, a local folder laid out as a data set of the hub, or Parquet files.
+        path: `hf://datasets/OWNER/NAME[@REVISION][:CONFIG][/SPLIT]`, a local folder laid out as a data set of the hub, or a list of
+            Parquet files.
         image_root: the folder to which media paths in rows are relative; by default rows hold their images' bytes, or URLs.
         name: how tables and errors call the source; by default the path.
         format: as `open_source`; by default each row's fields tell it.
@@ -120,10 +121,12 @@ def stream_source(
         block: rows that are shuffled among themselves, and held in memory.
 
     Raises:
-        ConfigError: an unknown format, or settings of videos that are out of range.
+        ConfigError: no path or a single file, an unknown format, or settings of videos that are out of range.
     """
     if format is not None and format not in FORMATS:
         raise ConfigError(f"format {format!r} but one of {', '.join(FORMATS)} is expected (stream_source). Correct or drop it.")
+    if not path or (isinstance(path, str) and path.endswith(".parquet") and not Path(path).is_dir()):
+        raise ConfigError(f"path {path!r} but a data set, or a list of Parquet files, is needed (stream_source). Write path: [FILE, ...].")
     fetch = None
     if allow_urls:
         from metamorph.data.fetch import fetch_image as fetch
@@ -260,6 +263,7 @@ class StreamedMixture:
 
     def _fingerprint(self) -> dict[str, Any]:
         facts = {"sources": [entry.source.name for entry in self.sources], "weights": [entry.weight for entry in self.sources]}
+        facts["splits"] = [[entry.source.config, entry.source.split] for entry in self.sources]
         return facts | {"seed": self.seed, "order": "streams", "rank": self.rank, "world_size": self.world_size}
 
     def _next(self) -> StreamedDraw:

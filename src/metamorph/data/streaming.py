@@ -139,7 +139,8 @@ def stream_rows(
     """A data set as a stream of rows, without a download or a cache.
 
     Args:
-        path: `hf://datasets/OWNER/NAME[@REVISION][:CONFIG][/SPLIT]`, a local folder laid out as a data set of the hub, or Parquet files.
+        path: `hf://datasets/OWNER/NAME[@REVISION][:CONFIG][/SPLIT]`, a local folder laid out as a data set of the hub, or a list of
+            Parquet files.
         seed: of the order; None leaves rows as they lie.
         block: rows that are shuffled among themselves.
         rank: this process, of `world_size`.
