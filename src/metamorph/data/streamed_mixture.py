@@ -3,7 +3,7 @@
 A process reads its rows in one order and notes after each where it stands, so that a run resumes exactly, with as many ranks as before;
 worker processes get rows that were read and do the rest: opening images, encoding, collating. Streams have no end here: an epoch of one
 follows the other, each shuffled anew, on each rank when its own share has ended. A row that cannot be used leaves its step one sequence
-shorter, for there is none to take its place.
+shorter, for there is none to take its place; it counts anew in each epoch, for it has no number by which it would be known again.
 """
 
 from __future__ import annotations

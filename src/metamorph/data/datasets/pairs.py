@@ -20,7 +20,7 @@ from metamorph.data.datasets.published import PublishedSource, folder, identity,
 from metamorph.data.faults import Fault
 from metamorph.data.file_index import IndexWriter, Notes, open_index, shown
 from metamorph.data.kinds import Generation, generation
-from metamorph.data.rows import FaultyRows, RawRow, Rows
+from metamorph.data.rows import OF_ONE_ROW, FaultyRows, RawRow, Rows
 from metamorph.data.webdataset import TarSamples
 from metamorph.errors import ConfigError, RecordError
 from metamorph.messages import Example
@@ -107,8 +107,8 @@ class ChosenRows(FaultyRows):
         return self.rows.row_or_fault(int(self._index.section("starts")[index]))
 
     def faults(self) -> Iterator[Fault]:
-        """Those of the tar."""
-        return self.rows.faults()
+        """Those of the tar as a whole. Samples that are kept tell of theirs when they are read; of those left out nobody need hear."""
+        return (fault for fault in self.rows.faults() if fault.code not in OF_ONE_ROW)
 
 
 def source(
