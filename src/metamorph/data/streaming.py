@@ -6,7 +6,8 @@ train from it by `streamed_mixture.py`, for a stated number of steps; a check se
 saved it, of as many ranks. Where the disk is large enough, `open_rows` has none of these limits.
 
 Shuffling is by blocks: shards in an order of the seed, and within each run of `block` rows a permutation. `datasets` itself shuffles
-through a buffer whose rows are lost when it resumes; a block is read again from its beginning, at most `block` rows, and nothing is lost.
+through a buffer whose rows are lost when it resumes; a block is read again from its beginning, and nothing is lost. To get there, the
+library passes over what lies before it in its shard: resuming costs up to one shard of each stream.
 """
 
 from __future__ import annotations
