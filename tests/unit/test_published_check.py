@@ -1,8 +1,10 @@
 """The paper's data sets under `metamorph data check`: faults of rows and of files, with place, field, found, expected and remedy."""
 
+import io
 import json
 import pickle
 import resource
+import tarfile
 
 import pytest
 from tests import dataset_fixtures
@@ -192,8 +194,8 @@ def test_the_command_checks_a_recipe_with_broken_files_to_its_end(tmp_path):
 def test_a_filter_reads_texts_once_and_again_only_if_it_or_a_tar_changes(tmp_path, monkeypatch):
     directory = dataset_fixtures.pairs(tmp_path)
     read = []
-    texts = pairs._texts
-    monkeypatch.setattr(pairs, "_texts", lambda file, rows, index: read.append(rows.path.name) or texts(file, rows, index))
+    rule = pairs._rule_broken
+    monkeypatch.setattr(pairs, "_rule_broken", lambda file, rows, *rest: read.append(rows.path.name) or rule(file, rows, *rest))
 
     def ids(**kwargs):
         read.clear()
@@ -209,6 +211,19 @@ def test_a_filter_reads_texts_once_and_again_only_if_it_or_a_tar_changes(tmp_pat
     (directory / "00001.tar").write_bytes((directory / "00000.tar").read_bytes())
     assert ids(max_caption_length=8) == ["000000002", "000000002"]
     assert read == ["00001.tar"] * 3
+
+
+def test_a_filter_by_size_keeps_what_states_none_for_it_is_broken(tmp_path):
+    """One orphan does not keep the rest from being read, and its fault is told."""
+    directory = dataset_fixtures.pairs(tmp_path)
+    with tarfile.open(directory / "00001.tar", "a") as tar:
+        for name, data in (("8.jpg", b"no text"), ("9.jpg", b"no facts"), ("9.json", b"{broken")):
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    source = pairs.source(str(directory), min_side=24)
+    assert len(source) == 8
+    assert [(fault.code, fault.place.rpartition(" ")[2]) for fault in check(source).faults] == [("orphan", "8"), ("json", "9")]
 
 
 def test_worker_processes_are_sent_the_place_of_a_filters_rows(tmp_path):

@@ -71,8 +71,8 @@ def test_bad_records_count_once_and_are_named(tmp_path, caplog):
             records.add([BadRecord("a", 3, "broken (a.jsonl:4)"), BadRecord("b", 3, "long (b.jsonl:4)")])
     assert records.counts == {"a": 1, "b": 1}
     assert [line.getMessage() for line in caplog.records] == [
-        "skipped row 3 of a: broken (a.jsonl:4)",
-        "skipped row 3 of b: long (b.jsonl:4)",
+        "skipped a row of a: broken (a.jsonl:4)",
+        "skipped a row of b: long (b.jsonl:4)",
     ]
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     assert lines[1] == {"stage": "vpit", "source": "b", "index": 3, "error": "long (b.jsonl:4)"}

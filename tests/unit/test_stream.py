@@ -1,6 +1,9 @@
 """Streams: one order whatever reads it, exact resume, and errors that name the record."""
 
 import json
+import multiprocessing
+import os
+import signal
 import threading
 from functools import partial
 
@@ -9,10 +12,11 @@ import torch
 from tests.sequences import make_stream as stream
 from tests.sequences import refuse, same, sequence
 
-from metamorph.data.collate import pack, pad, unpack
+from metamorph.data.collate import pack, pack_rows, pad, unpack
 from metamorph.data.example_encoder import ExampleEncoder
+from metamorph.data.packing import Packing
 from metamorph.data.stream import without_targets
-from metamorph.errors import CheckpointError, ConfigError, ContextLengthError, MediaError, RecordError
+from metamorph.errors import CheckpointError, ConfigError, ContextLengthError, MediaError, RecordError, TrainingError
 from metamorph.messages import Example, Message
 
 
@@ -150,6 +154,18 @@ def test_threads_end_with_the_stream():
     assert len(ids(next(steps))) == 6  # it starts again where it was
     del steps  # forgotten rather than closed
     assert prefetching() == before
+
+
+@pytest.mark.parametrize("options", [{}, {"packing": Packing(40, 2), "collate": pack_rows, "batch_size": 2}])
+def test_a_killed_worker_is_named(options):
+    before = set(multiprocessing.active_children())
+    steps = stream(workers=1, **options)
+    next(steps)
+    for process in set(multiprocessing.active_children()) - before:
+        os.kill(process.pid, signal.SIGKILL)
+    with pytest.raises(TrainingError, match=r"a worker process that ended \(exit code -9\) but all 1 are needed .*Lower data\.workers"):
+        take(steps, 100)
+    assert set(multiprocessing.active_children()) == before
 
 
 def test_blanked_sequences_have_no_targets():

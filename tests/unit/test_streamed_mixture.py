@@ -101,6 +101,7 @@ def test_bad_rows_are_left_out_and_counted_or_refused(files, options):
     assert found and not any(name[-1] in "34" for name in found)
     assert stream.bad_records.counts.keys() == {"a", "b"}
     assert all("row" in error and "of epoch" in error for _, _, error in stream.bad_records.state_dict())
+    assert stream.bad_records.counts["a"] == 6 and stream.bad_records.counts["b"] <= 3  # each once, in however many epochs
     with pytest.raises(MediaError, match=r"a broken image \[a row \d+ of epoch 0, rank 0 of 1\]|a broken image \[b row"):
         taken(batches(files, refuse_many, **options), 12)
     with pytest.raises(RecordError, match="but at most 1 may be skipped"):

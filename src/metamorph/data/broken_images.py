@@ -71,7 +71,7 @@ def _parsed(lines: bytes) -> Iterator[tuple[bytes, Fault]]:
         try:
             told = json.loads(line)
             yield bytes.fromhex(told.pop("image")), Fault(**told, place="", field="", media=True)
-        except ValueError:  # the line at which a process was killed: its image counts as one that nobody tried
+        except (ValueError, TypeError, KeyError, AttributeError):  # where a process was killed: an image that nobody tried
             continue
 
 

@@ -31,7 +31,7 @@ class BadRecord:
 
     source: str
     index: int
-    """Of the row in its source, whatever part of it is used."""
+    """Of the row in its source, whatever part of it is used; of a stream, a number by which the row is known again."""
     error: str
     """What is wrong with it, and where it stands."""
 
@@ -103,7 +103,7 @@ class BadRecords:
         new = {(record.source, record.index): record for record in records if (record.source, record.index) not in self._known}
         self._known |= new
         for record in new.values():
-            _log.warning("skipped row %d of %s: %s", record.index, record.source, record.error)
+            _log.warning("skipped a row of %s: %s", record.source, record.error)
         if new:
             self._write(new.values())
         if len(self._known) > self.limit:

@@ -3,11 +3,12 @@
 A process reads its rows in one order and notes after each where it stands, so that a run resumes exactly, with as many ranks as before;
 worker processes get rows that were read and do the rest: opening images, encoding, collating. Streams have no end here: an epoch of one
 follows the other, each shuffled anew, on each rank when its own share has ended. A row that cannot be used leaves its step one sequence
-shorter, for there is none to take its place; it counts anew in each epoch, for it has no number by which it would be known again.
+shorter, for there is none to take its place; it has no number, and is known again in another epoch by what it holds.
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate, islice
@@ -84,7 +85,7 @@ class FirstRows(FaultyRows):
 
 
 def stream_source(
-    path: str | Sequence[str],
+    path: str | Path | Sequence[str | Path],
     image_root: str | None = None,
     name: str = "",
     format: str | None = None,
@@ -125,6 +126,7 @@ def stream_source(
     """
     if format is not None and format not in FORMATS:
         raise ConfigError(f"format {format!r} but one of {', '.join(FORMATS)} is expected (stream_source). Correct or drop it.")
+    path = str(path) if isinstance(path, Path) else path
     if not path or (isinstance(path, str) and path.endswith(".parquet") and not Path(path).is_dir()):
         raise ConfigError(f"path {path!r} but a data set, or a list of Parquet files, is needed (stream_source). Write path: [FILE, ...].")
     fetch = None
@@ -264,6 +266,7 @@ class StreamedMixture:
     def _fingerprint(self) -> dict[str, Any]:
         facts = {"sources": [entry.source.name for entry in self.sources], "weights": [entry.weight for entry in self.sources]}
         facts["splits"] = [[entry.source.config, entry.source.split] for entry in self.sources]
+        facts["shards"] = [rows.num_shards for rows in self._rows]
         return facts | {"seed": self.seed, "order": "streams", "rank": self.rank, "world_size": self.world_size}
 
     def _next(self) -> StreamedDraw:
@@ -301,4 +304,9 @@ class StreamReader(Generic[Item]):
         except BAD as error:
             if self.skip is None:
                 raise
-            return None, (BadRecord(entry.source.name, draw.number, str(error)),)
+            return None, (BadRecord(entry.source.name, _known_by(draw.row), str(error)),)
+
+
+def _known_by(row: RawRow) -> int:
+    """A number that is the same for a row wherever and in whichever epoch it is read."""
+    return int.from_bytes(hashlib.blake2b(repr(sorted(row.values.items())).encode(), digest_size=7).digest(), "big")

@@ -57,6 +57,7 @@ class StreamedRows:
         if block < 1:
             raise ConfigError(f"blocks of {block} rows but at least 1 is needed ({name}). Raise it; 1 does not shuffle.")
         self.name, self.seed, self._block, self._rank, self._world_size = name, seed, block, rank, world_size
+        self.num_shards = stream.num_shards
         if seed is not None and stream.num_shards > 1:
             # The order of the shards only: a buffer of 1 loses nothing, and shards one after the other need no thread for each.
             stream = stream.shuffle(seed=seed, buffer_size=1, max_buffer_input_shards=1)

@@ -33,7 +33,6 @@ from metamorph.media import ImageLimits
 
 _OVERSTATED_SECONDS = 1.0  # some containers state the length of their sound, which goes on after the last frame of a whole video
 _log = logging.getLogger(__name__)
-_logged: set[str] = set()  # shortened videos of which this process has told
 
 
 @dataclass(frozen=True)
@@ -197,14 +196,13 @@ def in_row(fault: Fault, place: str, field: str) -> Fault:
 
 
 def raise_or_log(fault: Fault) -> None:
-    """The `report` of training for faults `in_row`: errors are raised, of a video that was shortened a warning is logged, once a process.
+    """The `report` of training for faults `in_row`: errors are raised, and of a video that was shortened a warning is logged.
 
     Raises:
         DataError: the fault is an error.
     """
     raise_errors(fault)
-    if fault.code == "video-broken" and fault.found not in _logged:  # which names the video, as other rows may do
-        _logged.add(fault.found)
+    if fault.code == "video-broken":
         _log.warning("a damaged video is shortened: %s", fault)
 
 

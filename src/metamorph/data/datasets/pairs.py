@@ -21,7 +21,7 @@ from metamorph.data.faults import Fault
 from metamorph.data.file_index import IndexWriter, Notes, open_index, shown
 from metamorph.data.kinds import Generation, generation
 from metamorph.data.rows import OF_ONE_ROW, FaultyRows, RawRow, Rows
-from metamorph.data.webdataset import TarSamples
+from metamorph.data.webdataset import Member, TarSamples
 from metamorph.errors import ConfigError, RecordError
 from metamorph.messages import Example
 
@@ -190,26 +190,33 @@ def _filtered(rows: Rows, kept: PairFilter, name: str) -> Rows:
 
 def _scan(file: BinaryIO, writer: IndexWriter, *, rows: TarSamples, kept: PairFilter) -> Notes:
     """The numbers of the samples that a filter keeps; reads their texts, and no image."""
-    broken = [kept.broken_by(_texts(file, rows, index)) for index in range(len(rows))]
+    broken = [_rule_broken(file, rows, index, kept) for index in range(len(rows))]
     writer.stream(np.flatnonzero([rule is None for rule in broken]))
     return {"left_out": dict(Counter(rule for rule in broken if rule is not None))}
 
 
-def _texts(file: BinaryIO, rows: TarSamples, index: int) -> RawRow:
-    """A sample without its image. What cannot be parsed is said when it is read."""
+def _rule_broken(file: BinaryIO, rows: TarSamples, index: int, kept: PairFilter) -> str | None:
+    """The rule that a sample breaks by its texts. One whose .json is missing or none is kept, and its fault told when it is read."""
     members = rows.members(index)
-    values: dict[str, Any] = {}
-    for member in members:
-        if member.ending in ("txt", "json"):
-            file.seek(member.offset)
-            text = file.read(member.size).decode("utf-8", "replace")
-            values = {**values, "caption": text} if member.ending == "txt" else {**_parsed(text), **values}
-    return RawRow(values, f"{rows.path} sample {members[0].key}")
+    texts = {member.ending: _text(file, member) for member in members if member.ending in ("txt", "json")}
+    facts = _parsed(texts.get("json", ""))
+    caption = {"caption": texts["txt"]} if "txt" in texts else {}
+    try:
+        return kept.broken_by(RawRow({**(facts or {}), **caption}, f"{rows.path} sample {members[0].key}"))
+    except RecordError:
+        if facts is not None:
+            raise  # a whole pair that does not state its size: the filter cannot be used
+        return None
 
 
-def _parsed(text: str) -> Mapping[str, Any]:
+def _text(file: BinaryIO, member: Member) -> str:
+    file.seek(member.offset)
+    return file.read(member.size).decode("utf-8", "replace")
+
+
+def _parsed(text: str) -> Mapping[str, Any] | None:
     try:
         values = json.loads(text)
     except ValueError:
-        return {}
-    return values if isinstance(values, Mapping) else {}
+        return None
+    return values if isinstance(values, Mapping) else None
