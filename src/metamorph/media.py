@@ -294,7 +294,7 @@ def _check_size(image: Image.Image, limits: ImageLimits, place: str) -> None:
 def _check_frames(image: Image.Image, limits: ImageLimits, place: str) -> None:
     frames = getattr(image, "n_frames", 1)
     if frames > 1 and image.format != "MPO" and limits.animated == "refuse":  # MPO is a photo with a second view beside it
-        remedy = "Give a video as a list of images, or allow the first frame."
+        remedy = "Give its frames as a video (a list of images), or save the one that is meant."
         raise _refusal("image-animated", f"{frames} frames", "1 is needed", remedy, place)
 
 

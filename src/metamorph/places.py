@@ -15,7 +15,7 @@ CONFIG, DECODER_INDEX = "config.json", "model_index.json"
 _SHOWN = 8  # names of a directory that an error lists
 
 
-def check_source(reference: str | Path, what: str, *, index: str | None = None, hub: bool = True) -> None:
+def check_source(reference: str | Path, what: str, *, index: str | None = None, hub: bool = True, owned: bool = False) -> None:
     """Refuse what cannot be loaded from, without asking the hub: a mistyped path, a file, the directory of a run instead of its model's.
 
     Args:
@@ -23,6 +23,7 @@ def check_source(reference: str | Path, what: str, *, index: str | None = None, 
         what: is expected there, for the message: "a MetaMorph checkpoint".
         index: the file by which it is known, such as `config.json`; only to find it inside of a run's directory.
         hub: whether a name on the hub would do.
+        owned: whether such a name has an owner, as all have but those of a few old models (`gpt2`).
 
     Raises:
         CheckpointError: with the nearest path that exists.
@@ -34,8 +35,12 @@ def check_source(reference: str | Path, what: str, *, index: str | None = None, 
             raise CheckpointError(f"the directory of a run but {what} was expected ({place}). Give {inner}, which the run saved.")
     elif place.exists():
         raise CheckpointError(f"a file but the directory of {what} was expected ({place}). Give {place.parent}.")
-    elif not hub or (looks_local(reference) and not _in_cache(str(reference), index or CONFIG)):
+    elif not hub or (_is_no_repository(reference, owned) and not _in_cache(str(reference), index or CONFIG)):
         raise CheckpointError(f"no such directory but {what} was expected ({reference}). {_nearest(str(reference), hub)}")
+
+
+def _is_no_repository(reference: str | Path, owned: bool) -> bool:
+    return looks_local(reference) or (owned and "/" not in str(reference))
 
 
 def looks_local(reference: str | Path) -> bool:

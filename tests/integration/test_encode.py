@@ -36,6 +36,7 @@ from metamorph.training import DataConfig, ModelConfig, RunConfig, SourceConfig,
 from metamorph.training.assembly import TokenEncoder, build_model, load_source
 from metamorph.training.encoding import encode_images, encoder_of, open_store, spec_of
 from metamorph.training.images import image_batches
+from metamorph.training.rehearsal import rehearse
 from metamorph.training.run import run
 from metamorph.training.stages import paper_stages
 from metamorph.training.trackers import SilentTracker, read_metrics
@@ -132,8 +133,14 @@ def test_the_wrong_encoder_layer_pooling_and_number_are_refused(parts, tmp_path)
         next(wrong.vision_encoder.parameters()).mul_(1.01)
     wrong.save_pretrained(tmp_path / "wrong")
     processor.save_pretrained(tmp_path / "wrong")
-    with pytest.raises(ConfigError, match=rf"{right} but .*{wrong.vision_encoder.fingerprint()}: other weights"):
-        run(settings(parts, tmp_path / "run", config=ModelConfig(start=str(tmp_path / "wrong")), encoded=str(tmp_path)), tracker=quiet)
+    config = settings(parts, tmp_path / "run", config=ModelConfig(start=str(tmp_path / "wrong")), encoded=str(tmp_path))
+    for attempt in (rehearse, partial(run, tracker=quiet)):  # a dry run refuses what the run would
+        with pytest.raises(ConfigError, match=rf"{right} but .*{wrong.vision_encoder.fingerprint()}: other weights"):
+            attempt(config)
+    (tmp_path / "index.safetensors").unlink()
+    for attempt in (rehearse, partial(run, tracker=quiet)):
+        with pytest.raises(ConfigError, match="no index"):
+            attempt(config)
 
 
 def test_an_image_that_was_not_encoded_stops_training_even_where_bad_rows_are_skipped(parts, tmp_path):

@@ -252,6 +252,9 @@ def test_a_folder_of_images_with_captions(name, columns, tmp_path):
     (tmp_path / "c.png").write_bytes(picture("PNG"))
     (fault,) = rows.faults()
     assert (fault.code, fault.severity, "c.png" in fault.found) == ("unlisted", "warning", True)
+    with (tmp_path / name).open("a") as file:
+        file.write("{half a row\n")  # which may name it
+    assert "unlisted" not in [fault.code for fault in open_rows(tmp_path / name).faults()]
 
 
 def test_captions_in_folders_below_are_relative_to_themselves(tmp_path):

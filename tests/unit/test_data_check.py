@@ -119,7 +119,7 @@ def test_equal_problems_are_grouped_on_the_terminal_and_whole_in_the_json(tmp_pa
     shown = CliRunner().invoke(app, ["data", "check", str(path), "--json", str(out)])
     assert shown.exit_code == 1
     assert "error image-missing: 9" in shown.output and "... and 6 more" in shown.output
-    assert f"{path}:1 image: no file 'b.png' but an image is needed. Check the path and the root." in shown.output
+    assert f"{path}:1 image: no file 'b.png' in {tmp_path} but an image is needed. Check the path and the root." in shown.output
     written = json.loads(out.read_text())
     assert (written["version"], written["problems"], len(written["sources"][0]["problems"])) == (1, 9, 9)
     assert set(written["sources"][0]["problems"][0]) == {"code", "severity", "place", "field", "found", "expected", "remedy"}
@@ -135,6 +135,17 @@ def test_columns_and_the_image_root_are_the_users(tmp_path: Path):
     assert CliRunner().invoke(app, [*command, "--columns", "conversations=talk"]).exit_code == 0
     assert CliRunner().invoke(app, command).exit_code == 1
     assert CliRunner().invoke(app, [*command[:-1], "image"]).exit_code != 0
+
+
+def test_fields_that_nobody_reads_are_told(tmp_path: Path):
+    path = write(tmp_path / "train.jsonl", 3, topic="colours", n=1, system="Be brief.")
+    report = check(open_source(path))
+    assert (report.unread, report.faults) == (("topic", "n"), ())
+    assert to_json([report])["sources"][0]["unread"] == ("topic", "n")
+    assert "fields not read" in (output := CliRunner().invoke(app, ["data", "check", str(path)]).output) and "topic, n" in output
+    assert check(open_source(write(path, 3))).unread == ()
+    path.write_text(path.read_text().replace('"image"', '"img"'))
+    assert check(open_source(path, columns={"image": "img"})).unread == ()
 
 
 def test_a_recipes_sources_are_checked_under_its_limit(tmp_path: Path):

@@ -206,10 +206,29 @@ C = "conversations"
         ({"image": "a.png", "caption": None}, [("turn-null", "caption")]),
         ({"caption": "a bus", "image": None}, [("image-missing", "image")]),
         ({"videos": [[]], "messages": said("<video> a", "b")}, [("video-empty", "videos[0]")]),
+        ({C: [human("What is in <Image>?"), gpt("b")]}, [("tag-unknown", f"{C}[0].value")]),
+        ({C: [human("a"), gpt("<|image_1|> <img>")]}, [("tag-unknown", f"{C}[1].value")]),
+        ({C: [human("a </image> b"), gpt("c")]}, [("tag-unknown", f"{C}[0].value")]),
+        ({"system": 7, C: [human("a"), gpt("b")]}, [("text-type", "system")]),
+        ({"system": "See <image>.", "image": "a.png", C: [human("<image>"), gpt("b")]}, [("image-in-system", "system")]),
+        ({"system": "a", C: [{"from": "system", "value": "b"}, human("a"), gpt("b")]}, [("system-twice", "system")]),
     ],
 )
 def test_each_fault_is_named_by_its_field(values, expected):
     assert faults(**values) == expected
+
+
+def test_a_field_of_its_own_holds_the_words_of_the_system():
+    for values in ({C: [human("a"), gpt("b")]}, {"messages": said("a", "b")}, {"question": "a", "answer": "b"}):
+        assert read(system="Be brief.", **values).messages == (Message.system("Be brief."), Message.user("a"), Message.assistant("b"))
+        for nothing in ("", " ", None):
+            assert [message.role for message in read(system=nothing, **values).messages] == ["user", "assistant"]
+    twice = read(system="Be brief.", **{C: [{"from": "system", "value": "Be brief."}, human("a"), gpt("b")]})
+    assert [message.role for message in twice.messages] == ["system", "user", "assistant"]
+
+
+def test_code_may_hold_what_is_nearly_a_tag():
+    assert faults(**{C: [human("a"), gpt("Write `<img>` or\n```\n<video/> <Image>\n```\nand 3 <images of 4> or <imaginary>.")]}) == []
 
 
 def test_a_row_of_another_shape_than_its_file_lacks_a_field():

@@ -53,6 +53,12 @@ def test_names_on_the_hub_pass_and_are_not_expected_where_a_directory_is_needed(
             check_source(name, "a model", hub=False)
 
 
+def test_a_name_without_an_owner_is_no_model_of_ours(runs):
+    check_source("me/first", "a MetaMorph checkpoint", owned=True)
+    with pytest.raises(CheckpointError, match=r"no such directory but a MetaMorph checkpoint was expected \(frist\).*owner/name"):
+        check_source("frist", "a MetaMorph checkpoint", owned=True)
+
+
 def test_a_name_on_the_hub_that_was_fetched_passes_whatever_directories_there_are(runs, monkeypatch):
     monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda name, file: "/cache/config.json")
     check_source("runs/first-of-the-hub", "a model", index="config.json")

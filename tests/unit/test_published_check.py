@@ -81,7 +81,7 @@ def test_faults_of_cambrian(tmp_path):
         "json": (":7", ""),
         "image-outside": (":8", "image"),
     }
-    assert found["image-missing"].found == "no file 'coco/train2017/none.jpg'"
+    assert found["image-missing"].found == f"no file 'coco/train2017/none.jpg' in {tmp_path}"
     assert found["answer-null"].expected == "text is needed"
     assert (report.container, report.rows, report.kinds) == ("JSON lines", 9, {"image_qa": 1, "text": 2})
     assert check(source, jobs=2).faults == report.faults

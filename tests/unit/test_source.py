@@ -59,6 +59,9 @@ def test_records_are_read_in_order(tmp_path):
         ('{"messages": []}', "an empty list but a list of turns"),
         ('{"messages": [{"role": "user", "content": "hi"}]}', "no assistant turn"),
         ('{"massages": []}', "Did you mean 'messages'"),
+        ('{"Messages": []}', "Did you mean 'messages'"),
+        ('{"messages": [], }', "behind a comma that nothing follows"),
+        ('{"messages": "a\tb"}', "Invalid control character at character 15"),
         (line(1, wieght=2), "Did you mean 'weight'"),
         (picture_line("../x.png"), "but a path inside"),
         ("9" * 5000, "JSON"),
@@ -98,6 +101,15 @@ def test_files_that_are_broken_as_a_whole_are_refused_when_they_are_opened(tmp_p
 def test_an_unknown_format_is_refused(tmp_path):
     with pytest.raises(ConfigError, match=r"format 'lava' but one of llava, .* is expected"):
         open_source(write(tmp_path / "rows.jsonl", line(0)), format="lava")
+
+
+def test_a_column_for_no_field_and_a_root_that_is_no_folder_are_refused(tmp_path):
+    path = write(tmp_path / "rows.jsonl", line())
+    with pytest.raises(ConfigError, match=r"a column for 'imgae' but one of .*open_source.*Did you mean 'image' by 'imgae'\?"):
+        open_source(path, columns={"imgae": "img"})
+    for root in (tmp_path / "nowhere", path):
+        with pytest.raises(ConfigError, match=r"is no folder, but the one to which paths are relative is needed"):
+            open_source(path, image_root=root)
 
 
 def test_a_prompt_without_answer_may_be_allowed(tmp_path):

@@ -53,7 +53,7 @@ def check(
     json_file: Annotated[Path | None, typer.Option("--json", help="Write everything as JSON; - writes it to stdout.")] = None,
     max_length: Annotated[int | None, typer.Option(min=2, help="Longest row, in positions; by default the recipe's or model's.")] = None,
 ) -> None:
-    """Check data before training: exit code 0 if nothing is wrong, 1 if there are problems, 2 if the input is refused."""
+    """Check data before training: exit code 0 if nothing is wrong, 1 if there are problems (warnings too), 2 if the input is refused."""
     check_input("metamorph data check", files, recipe, image_root, columns, allow_urls)
     if json_file is not None and str(json_file) != _STDOUT:
         check_target(json_file, "--json")

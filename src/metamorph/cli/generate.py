@@ -104,7 +104,7 @@ def load(model: str | None, decoder: str | None, device: str | None, *, needs_de
         from metamorph.microworld.components import shipped
 
         model, decoder = str(shipped("metamorph")), decoder or str(shipped("decoder"))
-    check_source(model, "a MetaMorph checkpoint", index=CONFIG)
+    check_source(model, "a MetaMorph checkpoint", index=CONFIG, owned=True)
     place = decoder or find_decoder(model)
     if needs_decoder and place is None:
         found = "no decoder" if Path(model).is_dir() else "no such directory, and on the hub no decoder,"

@@ -60,6 +60,8 @@ def train(
 
     from metamorph.training.run import run
 
+    if resume and first and not (config.run_dir / "config.yaml").is_file():
+        Console(stderr=True).print(f"nothing to go on with in {config.run_dir}: the run begins now", highlight=False, markup=False)
     try:
         result = run(config, resume=resume)
     except KeyboardInterrupt:

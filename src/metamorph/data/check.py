@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
@@ -17,8 +17,10 @@ from metamorph.data.cross_checks import ABSENT, Shape, absent_column, changing_f
 from metamorph.data.datasets.published import PublishedSource
 from metamorph.data.faults import Fault
 from metamorph.data.findings import Findings
+from metamorph.data.formats import FIELDS
+from metamorph.data.image_folder import FILE_COLUMNS
 from metamorph.data.mixture import ExampleSource, shuffled
-from metamorph.data.row_checks import CheckSettings, RowChecker
+from metamorph.data.row_checks import OWN_NAMES, CheckSettings, RowChecker
 from metamorph.data.rows import Rows
 from metamorph.data.source import FileSource
 
@@ -55,6 +57,7 @@ class SourceReport:
     faults: tuple[Fault, ...]  # of the files first, then in the order of rows
     kinds: dict[str, int]  # kind of conversation -> usable rows
     images_per_row: dict[int, int]  # images -> rows
+    unread: tuple[str, ...]  # fields of its rows that no format reads
     letters: dict[str, float]  # quantiles of the characters of text of a row
     positions: dict[str, float]  # ... of its positions
     targets: dict[str, int]  # "text": positions, "visual": visual tokens, over the rows checked
@@ -106,6 +109,7 @@ def check(
         faults=tuple(dict.fromkeys([*of_files, *(fault for _, fault in found)])),
         kinds=dict(total.kinds.most_common()),
         images_per_row=dict(sorted(total.images_per_row.items())),
+        unread=_unread(total, source.settings.columns) if isinstance(source, FileSource) else (),
         letters=_quantiles(total.table("letters", 1)[:, 0]),
         positions=_quantiles(lengths[:, 0]),
         targets={"text": int(lengths[:, 1].sum()), "visual": int(lengths[:, 2].sum())},
@@ -179,6 +183,12 @@ def _of_rows(total: Findings, of_files: list[Fault], place: str) -> list[tuple[i
 
 def _shapes(total: Findings) -> list[Shape]:
     return [Shape(name, kind, first, count) for (name, kind), (first, count) in total.shapes.items()]
+
+
+def _unread(total: Findings, columns: Mapping[str, str]) -> tuple[str, ...]:
+    """Fields of rows that mean nothing here: another's data, or a name that nobody guessed."""
+    read = {*FIELDS, *columns.values(), *FILE_COLUMNS, *OWN_NAMES}
+    return tuple(name for name in total.columns if name not in read)
 
 
 def _files_of(source: ExampleSource) -> Rows | None:

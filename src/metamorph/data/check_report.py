@@ -4,7 +4,7 @@ The JSON (`metamorph data check --json`), of which fields are added but neither 
 
     {"version": 1, "problems": 3, "sources": [{
       "name", "container", "format", "rows", "checked", "complete", "seconds",
-      "kinds": {"image_qa": 812}, "images_per_row": {"0": 100, "1": 712},
+      "kinds": {"image_qa": 812}, "images_per_row": {"0": 100, "1": 712}, "unread": ["topic"],
       "letters": {"min", "p25", "median", "p75", "p95", "max"}, "positions": {the same}, "measure": "counted with ...", "max_length",
       "targets": {"text", "visual"},
       "problems": [{"code", "severity": "error" | "warning", "place": "train.jsonl:812", "field": "image[1]",
@@ -22,9 +22,11 @@ from metamorph.reporting.tables import Table, format_number
 
 VERSION = 1
 _PLAIN = ("name", "container", "format", "rows", "checked", "complete")
-_PLAIN += ("kinds", "letters", "positions", "measure", "max_length", "targets")
+_PLAIN += ("kinds", "unread", "letters", "positions", "measure", "max_length", "targets")
 SHOWN = 3
 """Problems of one code that are written out on a terminal."""
+LISTED = 12
+"""Names of fields that are."""
 
 
 def to_json(reports: Sequence[SourceReport]) -> dict[str, Any]:
@@ -76,6 +78,9 @@ def contents(report: SourceReport) -> Table:
         ["lengths are", report.measure],
         ["longest row allowed", limit],
     ]
+    if report.unread:
+        more = f" and {len(report.unread) - LISTED} more" if len(report.unread) > LISTED else ""
+        rows.append(["fields not read", ", ".join(report.unread[:LISTED]) + more])
     return Table(["", report.name], rows)
 
 

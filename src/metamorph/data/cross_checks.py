@@ -100,10 +100,8 @@ def changing_fields(shapes: list[Shape], place: Callable[[int], str]) -> Iterato
         for other in others:
             rows = f"{other.count} row{'' if other.count == 1 else 's'}"
             said = f"{other.kind} in {rows}, here first, and {first.kind} in {first.count}, first at {place(first.first)}"
-            expected, remedy = (
-                "one type is expected in all rows",
-                "It is read here, but column stores write it as text: use a list everywhere.",
-            )
+            expected = "one type is expected in all rows"
+            remedy = "It is read as it is, but Parquet and Hugging Face datasets hold one type in a column: write a list everywhere."
             yield other.first, Fault("field-changes-type", place(other.first), name, said, expected, remedy, "warning")
 
 

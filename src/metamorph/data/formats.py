@@ -7,7 +7,8 @@
     qa        {"image", "question", "answer"}
     pairs     {"image", "caption" | "text"}: the caption is asked for, the image is the answer
 
-A tag (`<image>`, `<video>`) in an answer makes its image a target, as everything is that the assistant says.
+A tag (`<image>`, `<video>`) in an answer makes its image a target, as everything is that the assistant says. A field `system` beside the
+turns is the system's turn, as other training tools write it.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from metamorph.data.turns import (
     split_tags,
     text_of,
 )
+from metamorph.errors import ConfigError
 from metamorph.messages import Role
 
 Format: TypeAlias = Literal["llava", "messages", "metamorph", "qa", "pairs"]
@@ -41,6 +43,8 @@ _IMAGES, _VIDEOS = ("image", "images"), ("video", "videos")
 _STRICT = {"id", "source", "kind", "weight", "messages"}
 _STRICT_PARTS = {"text": {"type", "text"}, "image": {"type", "path", "base64", "visual_tokens"}, "video": {"type", "frames", "fps"}}
 _KNOWN = ("conversations", "messages", "question", "answer", *CAPTIONS, *_IMAGES, *_VIDEOS)
+FIELDS = (*_KNOWN, "system", "id", "source", "kind", "weight")
+"""Every field that some format reads."""
 _NEEDED = {"llava": "conversations", "messages": "messages", "metamorph": "messages"}
 
 
@@ -93,6 +97,7 @@ def draft_of(raw: RawRow, kind: Format | None, teller: Teller) -> Draft | None:
     draft = _READERS[chosen](raw.values, teller)
     if draft is not None:
         _read_header(draft, raw, teller)
+        _read_system(draft, raw.values.get("system"), teller)
     return draft
 
 
@@ -112,8 +117,20 @@ def _nearest_field(values: Mapping[str, Any]) -> str:
 
 
 def _nearest(name: str, known: Iterable[str]) -> str:
-    nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.75)
+    nearest = difflib.get_close_matches(name.lower(), known, n=1, cutoff=0.75)
     return f"Did you mean {nearest[0]!r} by {name!r}?" if nearest and nearest[0] != name else ""
+
+
+def check_columns(columns: Mapping[str, str], where: str) -> None:
+    """Refuse a mapping of fields that nobody reads.
+
+    Raises:
+        ConfigError: a name is none of ours, with the nearest that is.
+    """
+    for ours in columns:
+        if ours not in FIELDS:
+            remedy = _nearest(ours, FIELDS) or "Write our name first, the file's behind it."
+            raise ConfigError(f"a column for {ours!r} but one of {', '.join(FIELDS)} is expected ({where}). {remedy}")
 
 
 def _read_header(draft: Draft, raw: RawRow, teller: Teller) -> None:
@@ -134,6 +151,23 @@ def _read_header(draft: Draft, raw: RawRow, teller: Teller) -> None:
         teller.fault("weight", "weight", f"{weight!r:.40}", "a finite number of at least 0 is needed", "Correct or drop it.")
         return
     draft.weight = float(weight)
+
+
+def _read_system(draft: Draft, value: Any, teller: Teller) -> None:
+    """The words of the system, where a field of their own holds them; an empty one says nothing."""
+    if draft.is_pair or value is None or (isinstance(value, str) and not value.strip()):
+        return
+    text = text_of(value, "system", "system", teller)
+    if text is None:
+        return
+    if draft.turns and draft.turns[0].role == "system":
+        if draft.turns[0].pieces != (text,):
+            found, remedy = "other words than the system's turn has", "Leave one of the two out."
+            teller.fault("system-twice", "system", found, "the system speaks once", remedy)
+        return
+    check_markers(text, "system", teller)
+    words = "".join(piece for piece in split_tags(text, "system", "system", teller) if isinstance(piece, str))
+    draft.turns.insert(0, Turn("system", (words,), "system"))
 
 
 def _llava(values: Mapping[str, Any], teller: Teller) -> Draft | None:

@@ -1,8 +1,8 @@
 """A folder of images with a captions file: CSV, TSV or JSON lines, one row per image, as `metadata.csv` of Hugging Face's imagefolder.
 
-The column that names the file may be called `file_name`, `image` or `path`, the other `caption` or `text`; both are given on as `image` and
-`caption`, beside what else the row has. Names are relative to the folder of the captions file. CSV has a header, and is indexed like JSON
-lines, so that twelve million captions cost no memory.
+The column that names the file may be called `file_name`, `filename`, `image` or `path`, the other `caption` or `text`; both are given on as
+`image` and `caption`, beside what else the row has. Names are relative to the folder of the captions file. CSV has a header, and is indexed
+like JSON lines, so that twelve million captions cost no memory.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from metamorph.data.rows import FaultyRows, RawRow, no_rows
 from metamorph.data.text_rows import TextRows
 
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm"})
-FILE_COLUMNS = ("file_name", "image", "path")
+FILE_COLUMNS = ("file_name", "filename", "image", "path")
 CAPTION_COLUMNS = ("caption", "text")
 
 _CONVERSATIONS = ("messages", "conversations")
@@ -150,11 +150,10 @@ class CaptionedImages(FaultyRows):
         yield from self.rows.faults()
         if len(self) > _COMPARED:  # all rows would have to be read, whenever the folder is opened
             return
-        named = {
-            os.path.normpath(str(row.values.get("image"))).casefold()
-            for row in map(self.row_or_fault, range(len(self)))
-            if isinstance(row, RawRow)
-        }
+        rows = list(map(self.row_or_fault, range(len(self))))
+        if any(isinstance(row, Fault) for row in rows):  # which may be what names them; once it is repaired this is asked again
+            return
+        named = {os.path.normpath(str(row.values.get("image"))).casefold() for row in rows if isinstance(row, RawRow)}
         base = self.root if self._below is not None else self.folder
         there = (os.path.relpath(os.path.join(place, name), base) for place, _, names in os.walk(self.folder) for name in sorted(names))
         images = (name for name in there if os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES)

@@ -8,6 +8,7 @@ differ in their fields and types, and whatever is wrong has a file and a line.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any, NoReturn
 
@@ -63,6 +64,8 @@ class JsonArray(TextRows[ArrayIndex]):
         if isinstance(data, Fault):
             return data
         data, last, closed = data.strip(BLANK), index == len(self) - 1, self._index.is_closed
+        if last and closed and data.endswith(b"},"):
+            return Fault("json", place, "", "a comma behind the last element", "the array's ] is expected", "Delete the comma.")
         if data.endswith(b",") and not (last and closed):
             data = data[:-1]
         elif not last:
@@ -124,7 +127,11 @@ def _not_parsed(data: bytes, error: ValueError | RecursionError, place: str, cut
     if isinstance(error, UnicodeDecodeError):
         found = f"bytes that are not UTF-8 ({error.reason} at byte {error.start} of the row)"
         return Fault("encoding", place, "", found, "UTF-8 is expected", "Save the file as UTF-8.")
-    reason = f"{error.msg} at character {error.pos} of the row" if isinstance(error, json.JSONDecodeError) else str(error)
+    reason = str(error)
+    if isinstance(error, json.JSONDecodeError):
+        reason = f"{error.msg.removesuffix(' at')} at character {error.pos} of the row"
+        if re.search(r",\s*$", error.doc[: error.pos]) and error.doc[error.pos : error.pos + 1] in ("}", "]"):
+            reason += ", behind a comma that nothing follows"
     return Fault("json", place, "", f"a row that is no JSON ({reason})", "one object is expected", "Repair or delete it.")
 
 

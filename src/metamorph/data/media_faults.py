@@ -85,7 +85,8 @@ def _refused(error: MediaError, source: ImageSource, root: Path | None, place: s
         if "\\" in str(source) and (Path(root or "") / str(source).replace("\\", "/")).exists():
             found, expected = f"the Windows path{shown}", "'/' between folders is needed"
             return Fault("image-windows-path", place, field, found, expected, "Write it with '/'.", media=True)
-        return Fault(code, place, field, f"no file{shown}", "an image is needed", remedy, media=True)
+        looked = f" in {root}" if root is not None and not source.is_absolute() else ""
+        return Fault(code, place, field, f"no file{shown}{looked}", "an image is needed", remedy, media=True)
     return Fault(code, place, field, f"{found}{' in' if shown else ''}{shown}", expected, remedy, media=True)
 
 

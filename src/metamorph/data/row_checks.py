@@ -29,7 +29,7 @@ from metamorph.media import DEFAULT_LIMITS, ImageLimits, detected_format, format
 from metamorph.messages import Example, ImagePart, ImageSource, TextPart, VideoPart
 
 _REMEMBERED = 2**16  # images whose verdict is kept: neighbouring rows often name the same one
-_OWN_NAMES = frozenset({"id", "__key__", "__url__", "__index_in_shard__"})
+OWN_NAMES = frozenset({"id", "__key__", "__url__", "__index_in_shard__"})
 """Fields that name a row and say nothing: rows that differ by nothing else are the same."""
 _MEDIA_FIELDS = ("image", "images", "video", "videos")
 
@@ -236,7 +236,7 @@ def _turns_field(values: Mapping[str, Any]) -> str:
 
 def _content(values: Mapping[str, Any]) -> int:
     """A hash of what a row says: equal for rows that differ only in their ids; never 0."""
-    told = {str(name): value for name, value in values.items() if name not in _OWN_NAMES}
+    told = {str(name): value for name, value in values.items() if name not in OWN_NAMES}
     text = json.dumps(told, sort_keys=True, ensure_ascii=False, default=_as_text)
     return digest(text.encode(errors="surrogatepass"))
 

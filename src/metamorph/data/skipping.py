@@ -61,8 +61,14 @@ class RowReader(Generic[Item]):
                     raise
                 bad.append(BadRecord(source.name, self.mixture.row(row), str(error)))
                 if len(bad) > self.skip or len(bad) == len(source):
-                    found = f"{len(bad)} bad rows one after another, the last: {error}"
-                    raise RecordError(f"{found} but at most {self.skip} may be skipped (source {source.name}). Repair them.") from error
+                    raise _too_many(bad, len(source), self.skip, source.name) from error
+
+
+def _too_many(bad: Sequence[BadRecord], rows: int, allowed: int, source: str) -> RecordError:
+    found, expected = f"{len(bad)} bad rows one after another", f"at most {allowed} may be skipped"
+    if len(bad) == rows:
+        found, expected = f"{rows} bad rows, which are all", "at least one that can be used is needed"
+    return RecordError(f"{found}, the last: {bad[-1].error} but {expected} (source {source}). metamorph data check names each.")
 
 
 def encoded(example: Example, encode: Callable[[Example], Item]) -> Item:

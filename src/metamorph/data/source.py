@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from metamorph.data.faults import Fault, Report, raise_errors
-from metamorph.data.formats import FORMATS, Format, detect
+from metamorph.data.formats import FORMATS, Format, check_columns, detect
 from metamorph.data.records import RecordSettings, to_example
 from metamorph.data.references import Fetch, Roots
 from metamorph.data.rows import Rows, refuse_broken_files
@@ -107,12 +107,11 @@ def open_source(
 
     Raises:
         RecordError: there is no such file, or it is refused.
-        ConfigError: an unknown format, or settings of videos that are out of range.
+        ConfigError: an unknown format or field, no such image root, or settings of videos that are out of range.
     """
     from metamorph.data.containers import open_rows
 
-    if format is not None and format not in FORMATS:
-        raise ConfigError(f"format {format!r} but one of {', '.join(FORMATS)} is expected (open_source). Correct or drop it.")
+    check_settings("open_source", format, columns or {}, image_root)
     rows = open_rows(path, image_root=None if image_root is None else Path(image_root), name=name, progress=True)
     if whole_files:
         refuse_broken_files(rows)
@@ -127,6 +126,20 @@ def open_source(
         seed=seed,
     )
     return FileSource(rows, settings)
+
+
+def check_settings(function: str, format: str | None, columns: Mapping[str, str], image_root: str | Path | None) -> None:
+    """Refuse what cannot be meant before any file is opened.
+
+    Raises:
+        ConfigError: an unknown format, a column for none of our fields, or an image root that is no folder.
+    """
+    if format is not None and format not in FORMATS:
+        raise ConfigError(f"format {format!r} but one of {', '.join(FORMATS)} is expected ({function}). Correct or drop it.")
+    check_columns(columns, function)
+    if image_root is not None and not Path(image_root).is_dir():
+        found = f"image_root {str(image_root)!r}, which is no folder,"
+        raise ConfigError(f"{found} but the one to which paths are relative is needed ({Path(image_root).absolute()}). Check the path.")
 
 
 @dataclass(frozen=True)

@@ -16,13 +16,12 @@ from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar
 
 from metamorph.data.faults import Fault
-from metamorph.data.formats import FORMATS
 from metamorph.data.mixture import Order, Share, pick
 from metamorph.data.records import RecordSettings, to_example
 from metamorph.data.references import Roots
 from metamorph.data.rows import FaultyRows, RawRow
 from metamorph.data.skipping import BAD, BadRecord, encoded
-from metamorph.data.source import FileSource, VideoOpener
+from metamorph.data.source import FileSource, VideoOpener, check_settings
 from metamorph.data.streaming import StreamedRows, stream_rows
 from metamorph.data.video import VideoSampling, raise_or_log
 from metamorph.errors import CheckpointError, ConfigError, RecordError
@@ -122,10 +121,9 @@ def stream_source(
         block: rows that are shuffled among themselves, and held in memory.
 
     Raises:
-        ConfigError: no path or a single file, an unknown format, or settings of videos that are out of range.
+        ConfigError: no path or a single file, an unknown format or field, no such image root, or settings of videos that are out of range.
     """
-    if format is not None and format not in FORMATS:
-        raise ConfigError(f"format {format!r} but one of {', '.join(FORMATS)} is expected (stream_source). Correct or drop it.")
+    check_settings("stream_source", format, columns or {}, image_root)
     path = str(path) if isinstance(path, Path) else path
     if not path or (isinstance(path, str) and path.endswith(".parquet") and not Path(path).is_dir()):
         raise ConfigError(f"path {path!r} but a data set, or a list of Parquet files, is needed (stream_source). Write path: [FILE, ...].")

@@ -22,6 +22,9 @@ ROLE_NAMES: dict[str, Role] = {
 """Spellings of roles in published data, and the role each means."""
 
 TAG = re.compile(r"<(image|video)>")
+_ALMOST_TAG = re.compile(
+    r"(?!(?-i:<image>|<video>))<[/|]?\s*(?:image|img|video)s?(?:[ _-]?(?:\d+|pad|placeholder|token))?\s*[/|]?>", re.IGNORECASE
+)
 _CODE = re.compile(r"```.*?(?:```|\Z)|`[^`\n]*`", re.DOTALL)
 # What ends or begins a turn in the templates of common LLMs, and our own special tokens. In text it stays text; it is hardly meant.
 MARKERS = re.compile(
@@ -133,7 +136,17 @@ def split_tags(text: str, role: Role | None, where: str, teller: Teller) -> list
         pieces.append(Tag("image" if match.group(1) == "image" else "video"))
         end = after
     pieces.append(text[end:])
+    _check_almost_tags(text, spans, where, teller)
     return _stripped(pieces)
+
+
+def _check_almost_tags(text: str, code: list[tuple[int, int]], where: str, teller: Teller) -> None:
+    """Warn of what looks like a tag and is none, such as `<Image>` or `<image_1>`: it is read as text."""
+    found = (match for match in _ALMOST_TAG.finditer(text) if not any(first <= match.start() < last for first, last in code))
+    if match := next(found, None):
+        kind = "video" if "vid" in match.group().lower() else "image"
+        expected = f"<{kind}> is what shows one (this is read as text)"
+        teller.fault("tag-unknown", where, f"{match.group()!r} in the text", expected, f"Write <{kind}>, or remove it.", warning=True)
 
 
 def _stripped(pieces: list[str | Tag]) -> list[str | Tag]:

@@ -25,7 +25,7 @@ def load_checkpoint(load: Callable[..., Any], path: str | Path, *args: Any, outp
         CheckpointError: files are missing, broken or of another shape, or the special tokens are absent.
     """
     if path is not None:  # with a config of its own a model needs no place
-        check_source(path, "a MetaMorph checkpoint", index=CONFIG)
+        check_source(path, "a MetaMorph checkpoint", index=CONFIG, owned=True)
     kwargs |= {"use_safetensors": True}
     kwargs.setdefault("dtype", kwargs.pop("torch_dtype", torch.float32))  # the older name of the same setting
     try:

@@ -75,7 +75,7 @@ def encoder_of_model(directory: str | Path) -> EncoderFiles:
     Raises:
         CheckpointError: there is no such model.
     """
-    check_source(directory, "a MetaMorph checkpoint", index=CONFIG)
+    check_source(directory, "a MetaMorph checkpoint", index=CONFIG, owned=True)
     try:
         config = MetaMorphConfig.from_pretrained(directory)
     except (OSError, ValueError) as error:

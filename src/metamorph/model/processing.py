@@ -156,7 +156,7 @@ class MetaMorphProcessor(ProcessorMixin):
         Raises:
             CheckpointError: a file is missing or broken, or the special tokens are absent.
         """
-        check_source(pretrained_model_name_or_path, "a processor", index="processor_config.json")
+        check_source(pretrained_model_name_or_path, "a processor", index="processor_config.json", owned=True)
         try:
             return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
         except (OSError, ValueError, TypeError) as error:

@@ -209,7 +209,7 @@ class _Loop:
 def _last_checkpoint(checkpoints: Path, resume: bool) -> Path | None:
     last = next(reversed(list_checkpoints(checkpoints)), None)
     if last is not None and not resume:
-        remedy = "Resume, or choose another directory."
+        remedy = "Go on with it (metamorph train --resume), or choose another directory (--output-dir)."
         raise CheckpointError(f"a checkpoint at {last.name} but an empty directory was expected ({checkpoints}). {remedy}")
     return last
 

@@ -11,12 +11,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from metamorph.data.example_encoder import ExampleEncoder
 from metamorph.data.mixture import Mixture
 from metamorph.data.skipping import BAD, encoded
 from metamorph.data.streamed_mixture import StreamedMixture, StreamedSource
+from metamorph.data.token_store import TokenStore
 from metamorph.errors import CheckpointError, MetaMorphError
 from metamorph.training.assembly import TokenEncoder, build_decoder_stream, build_encoder, build_mixture, check_start, resolve_steps
-from metamorph.training.config import DecoderConfig, ModelConfig, RunConfig, StageConfig
+from metamorph.training.config import DataConfig, DecoderConfig, ModelConfig, RunConfig, StageConfig
+from metamorph.training.encoding import StoredEncode, open_store
 
 if TYPE_CHECKING:
     from metamorph.model.processing import MetaMorphProcessor
@@ -60,11 +63,23 @@ def rehearse(config: RunConfig) -> Rehearsal:
                 raise
             rows[stage.name] = [_not_opened(error, why_not)]
             continue
-        rows[stage.name] = [
-            _told(mixture, source, encode, why_not, BAD if data.on_bad_record == "skip" else ()) for source in range(len(mixture.sources))
-        ]
+        reading, passed_over = _reading(data, config.model, encode), BAD if data.on_bad_record == "skip" else ()
+        rows[stage.name] = [_told(mixture, source, reading, why_not, passed_over) for source in range(len(mixture.sources))]
         steps[f"stages.{number}.training.steps"] = resolve_steps(stage.training, mixture).steps
     return Rehearsal(config.with_overrides(steps), rows)
+
+
+def _reading(data: DataConfig, model: ModelConfig, encode: ExampleEncoder | None) -> Callable[[Any], Any] | None:
+    """How the run would encode rows: with pictures from the store, where it names one; None where there is no processor.
+
+    Raises:
+        ConfigError: the store is not finished, or of another encoder, which is compared where the encoder's files are in a directory here.
+    """
+    if data.encoded is None:
+        return encode
+    here = (place := model.start or model.vision) is not None and Path(place).is_dir()
+    store = open_store(Path(data.encoded), model) if here else TokenStore(Path(data.encoded))
+    return None if encode is None else StoredEncode(encode, store)
 
 
 def find_processor(model: ModelConfig) -> tuple[MetaMorphProcessor | None, str]:
@@ -108,13 +123,14 @@ def _told(
     if encode is None:
         return f"{counted}, not encoded: {why_not}"
     rows = source.head(FIRST) if is_stream else source
-    lengths, bad = [], 0
+    lengths: list[int] = []
+    bad: list[str] = []
     for index in range(min(FIRST, len(rows))):
         try:
             lengths.append(len(encoded(rows[index], encode)))
-        except passed_over:
-            bad += 1
-    unusable = f"{bad} of the first {bad + len(lengths)} cannot be used and would be skipped"
+        except passed_over as error:
+            bad.append(str(error))
+    unusable = f"{len(bad)} of the first {len(bad) + len(lengths)} cannot be used and would be skipped: {'; '.join(bad)}"
     usable = f"the first {len(lengths)} were encoded: at most {max(lengths, default=0)} positions"
     return f"{counted}; {unusable if bad else usable}"
 
