@@ -134,7 +134,7 @@ def test_bad_sources_are_named(parts, tmp_path):
     for assignment, message in (
         ({"data.sources.0.source": "tests.drawing_examples.drawing"}, "Did you mean 'drawings'"),
         ({"data.sources.0.source": "tests.nowhere.drawings"}, "a dotted path"),
-        ({"data.sources.0.kwargs.colour": 3}, "must fit tests.drawing_examples.drawings"),
+        ({"data.sources.0.kwargs.colour": 3}, r"no argument. Did you mean .colours.. .tests.drawing_examples.drawings kwargs"),
         ({"data.sources.0.source": "json.dumps", "data.sources.0.kwargs": {"obj": 1}}, "an ExampleSource was expected"),
     ):
         with pytest.raises(ConfigError, match=message):

@@ -235,8 +235,8 @@ def start_decoder(config: DecoderConfig, encoder: MetaMorphConfig, *, weights: b
 
     start = from_pretrained_diffusion if config.latent else from_base
     own = ("path", "base", "visual_width", "num_visual_tokens", "weights", "objective")
-    _check_names(config.conditioner, [name for name in inspect.signature(start).parameters if name not in own], "conditioner")
-    _check_names(config.objective, [field.name for field in fields(Objective)], "objective")
+    _check_names(config.conditioner, [name for name in inspect.signature(start).parameters if name not in own], "decoder.conditioner")
+    _check_names(config.objective, [field.name for field in fields(Objective)], "decoder.objective")
     vision: Any = encoder.vision_config
     sizes = {"visual_width": vision.hidden_size, "num_visual_tokens": encoder.num_visual_tokens}
     if config.latent:
@@ -316,6 +316,9 @@ def load_object(path: str) -> Any:
 
 def _call(config: SourceConfig, **given: Any) -> Any:
     function = load_object(config.source)
+    parameters = inspect.signature(function).parameters
+    if not any(one.kind is one.VAR_KEYWORD for one in parameters.values()):
+        _check_names(config.kwargs, [name for name in parameters if name not in given], f"{config.source} kwargs", "argument")
     try:
         inspect.signature(function).bind(**given, **config.kwargs)
     except TypeError as error:
@@ -324,7 +327,7 @@ def _call(config: SourceConfig, **given: Any) -> Any:
     return function(**given, **config.kwargs)
 
 
-def _check_names(settings: Mapping[str, Any], known: list[str], section: str) -> None:
+def _check_names(settings: Mapping[str, Any], known: list[str], section: str, what: str = "setting") -> None:
     for name in settings:
         if name not in known:
-            raise ConfigError(f"{unknown_name(name, known, 'setting')} (decoder.{section})")
+            raise ConfigError(f"{unknown_name(name, known, what)} ({section})")
