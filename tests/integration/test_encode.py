@@ -29,7 +29,7 @@ from metamorph.data.source import open_source
 from metamorph.data.token_store import TokenStore, shard_files
 from metamorph.errors import ConfigError, MediaError
 from metamorph.media import image_hash
-from metamorph.messages import ImagePart
+from metamorph.messages import Example, ImagePart, Message, TextPart, VideoPart
 from metamorph.model.encoder_files import encoder_of_model
 from metamorph.model.vision_encoder import AbsentEncoder
 from metamorph.training import DataConfig, ModelConfig, RunConfig, SourceConfig, TrainingConfig
@@ -282,6 +282,35 @@ def test_each_image_is_encoded_once_and_broken_ones_are_named(parts, rows, tmp_p
     assert torch.allclose(store[image_hash(rows.parent / "again-9.jpg")], expected, atol=2**-8)
     again = encode(model(parts), [source], tmp_path / "out", round_size=4)
     assert (again.unique, again.encoded, len(again.faults)) == (10, 0, 4)
+
+
+@pytest.mark.parametrize("held_bytes", [0, 3000, 2**30])
+def test_images_that_came_with_their_rows_are_held_within_bounds(parts, tmp_path, held_bytes):
+    """Frames of 768 bytes: of a row's six, none, some or all are kept; what is not is read again, and the store is the same."""
+    reads: list[int] = []
+
+    class Clips:
+        name = "clips"
+
+        def __len__(self):
+            return 5
+
+        def __getitem__(self, index):
+            reads.append(index)
+            rng = np.random.default_rng(index)
+            frames = [Image.fromarray(rng.integers(0, 256, (16, 16, 3), dtype=np.uint8)) for _ in range(6)]
+            clip = VideoPart(tuple(map(ImagePart, frames)), 1.0)
+            turns = (Message("user", (clip, TextPart("What?"))), Message.assistant("Noise."))
+            return Example(turns, str(index), self.name)
+
+    result = encode(model(parts), [Clips()], tmp_path / "out", held_bytes=held_bytes, round_size=2, dtype="float32", threads=2)
+    assert (result.images, result.unique, result.encoded, result.faults) == (30, 30, 30, [])
+    assert sorted(reads) == [row for row in range(5) for _ in range(1 if held_bytes == 2**30 else 2)]
+    files, store = encoder_of(model(parts)), TokenStore(tmp_path / "out")
+    encoder = files.load()
+    for part in (image for index in range(5) for message in Clips()[index].messages for image in message.images):
+        expected = encoder(torch.from_numpy(files.processor.prepare_image(part))[None])[0]
+        assert torch.equal(store[image_hash(part.image)], expected)
 
 
 class Stop(Exception):

@@ -254,7 +254,18 @@ def test_a_folder_of_images_with_captions(name, columns, tmp_path):
     assert (fault.code, fault.severity, "c.png" in fault.found) == ("unlisted", "warning", True)
     with (tmp_path / name).open("a") as file:
         file.write("{half a row\n")  # which may name it
-    assert "unlisted" not in [fault.code for fault in open_rows(tmp_path / name).faults()]
+    assert "unlisted" not in [fault.code for fault in open_rows(tmp_path).faults()]
+
+
+def test_images_are_missed_only_where_one_file_describes_the_folder(tmp_path):
+    (tmp_path / "images").mkdir()
+    for name in ("a", "b"):
+        (tmp_path / "images" / f"{name}.png").write_bytes(picture("PNG"))
+        write(tmp_path / f"{name}.jsonl", json.dumps({"image": f"images/{name}.png", "caption": name}) + "\n")
+    assert not list(open_rows(tmp_path / "a.jsonl").faults())
+    assert not list(open_rows([tmp_path / "a.jsonl", tmp_path / "b.jsonl"]).faults()) and not list(open_rows(tmp_path).faults())
+    (tmp_path / "b.jsonl").unlink()
+    assert [fault.code for fault in open_rows(tmp_path).faults()] == ["unlisted"]
 
 
 def test_captions_in_folders_below_are_relative_to_themselves(tmp_path):
@@ -500,6 +511,15 @@ def test_parquet_keeps_what_it_holds(shards):
     sent = pickle.dumps(rows)
     assert len(sent) < 20_000
     assert pickle.loads(sent)[13] == rows[13]  # noqa: S301
+
+
+def test_names_of_parquet_files_are_no_patterns(tmp_path):
+    for name, value in (("a[1]", "asked for"), ("a1", "another's"), ("b*", "asked for"), ("bb", "another's")):
+        write_parquet(tmp_path / f"{name}.parquet", n=[value])
+    for name in ("a[1]", "b*"):
+        path = tmp_path / f"{name}.parquet"
+        assert [row.values["n"] for row in open_rows([path], cache_dir=tmp_path / "cache")] == ["asked for"]
+        assert [row.values["n"] for row in stream_rows([path], seed=None)] == ["asked for"]
 
 
 def test_images_of_the_hubs_feature_stay_encoded(tmp_path):

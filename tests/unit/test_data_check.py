@@ -1,7 +1,11 @@
 """The check around its faults: what is sampled, what several processes find, what lengths mean, what the command accepts and says."""
 
 import json
+import os
 import re
+import subprocess
+import sys
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -146,6 +150,29 @@ def test_fields_that_nobody_reads_are_told(tmp_path: Path):
     assert check(open_source(write(path, 3))).unread == ()
     path.write_text(path.read_text().replace('"image"', '"img"'))
     assert check(open_source(path, columns={"image": "img"})).unread == ()
+    assert check(open_source(write(path, 3, messages=[], question="a"))).unread == ("messages", "question")  # conversations are read
+
+
+def test_names_that_are_not_utf8_are_written_down(tmp_path: Path):
+    with tarfile.open(tmp_path / "a.tar", "w", format=tarfile.GNU_FORMAT, encoding="latin-1") as tar:
+        tar.addfile(tarfile.TarInfo("café.txt"))  # a caption without a picture
+    out = tmp_path / "report.json"
+    shown = subprocess.run(
+        [sys.executable, "-c", "from metamorph.cli.main import main; main()", "data", "check", str(tmp_path / "a.tar"), "--json", str(out)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONIOENCODING": "utf-8:strict"},
+    )
+    assert shown.returncode == 1 and "caf\\udce9" in shown.stdout, shown.stderr
+    (problem,) = json.loads(out.read_text())["sources"][0]["problems"]
+    assert problem["place"].endswith("caf\udce9")
+
+
+def test_rows_that_are_compared_keep_no_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    path, kept = write(tmp_path / "train.jsonl", 5, id="same"), []
+    monkeypatch.setattr("metamorph.data.check.repeated_ids", lambda ids, read, known: kept.extend(read(row) for row in range(5)) or ())
+    check(open_source(path))
+    assert [(found.id, found.example) for found in kept] == [("same", None)] * 5
 
 
 def test_a_recipes_sources_are_checked_under_its_limit(tmp_path: Path):

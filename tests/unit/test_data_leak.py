@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from metamorph.cli.main import app
 from metamorph.data.leak import Benchmark, Prompt, find_leaks, ngrams, read_prompts, words
 from metamorph.data.source import open_source
 from metamorph.errors import ConfigError, RecordError
@@ -88,6 +89,19 @@ def test_rows_that_cannot_be_read_are_counted(tmp_path: Path):
     assert (len(report.leaks), report.unread) == (2, 1)
 
 
+def test_rows_without_a_prompt_are_no_all_clear(tmp_path: Path):
+    (tmp_path / "bench.txt").write_text(QUESTION + "\n")
+    path = tmp_path / "train.jsonl"
+    path.write_text(json.dumps({"image": "a.png", "txt": QUESTION}) + "\n")
+    assert [leak.match for leak in find_leaks(open_source(path), benchmark(QUESTION)).leaks] == ["exact"]
+    path.write_text(json.dumps({"user": QUESTION, "reply": "Three."}) + "\n")
+    assert find_leaks(open_source(path), benchmark(QUESTION)).unread == 1
+    command = ["data", "leak", str(path), "--against", str(tmp_path / "bench.txt")]
+    refused = CliRunner().invoke(app, command).exception
+    assert isinstance(refused, ConfigError) and "prompts in none of 1 rows" in str(refused)
+    assert CliRunner().invoke(app, [*command, "--columns", "question=user"]).exit_code == 1
+
+
 def test_prompts_from_text_json_and_data(tmp_path: Path):
     text = tmp_path / "p.txt"
     text.write_text("First?\n\n Second? \n", encoding="utf-8-sig")
@@ -112,8 +126,6 @@ def test_settings_out_of_range_are_refused():
 
 
 def test_the_command(tmp_path: Path):
-    from metamorph.cli.main import app
-
     train, prompts = rows(tmp_path / "train.jsonl", "Nothing of that.", QUESTION), tmp_path / "p.txt"
     prompts.write_text(QUESTION.lower() + "\n")
     shown = CliRunner().invoke(app, ["data", "leak", str(train), "--against", str(prompts)])

@@ -11,6 +11,7 @@ from tests.planted import LAYOUTS, Layout, Row, file_of, make_media, rows_for
 from typer.testing import CliRunner
 
 from metamorph.cli.main import app
+from metamorph.data.packing import Packing, RowPacker
 from metamorph.data.showing import look, pack_table, packed, page_of, position_table
 from metamorph.errors import ConfigError
 from metamorph.messages import Example, ImagePart, Message
@@ -67,6 +68,18 @@ def test_packs_hold_each_document_once_and_count_from_0(processor):
     assert pack_table(rows).rows[1][2:4] == [f"{lengths['1']} to {length - 1}", f"0 to {lengths['2'] - 1}"]
 
 
+def test_packs_of_rows_filled_ahead_are_those_of_training(processor):
+    views = [look(example("Yes. " * number, name=str(number)), processor) for number in (1, 9, 3, 12, 2, 7, 5, 1)]
+    length = max(len(view.sequence) for view in views) + 40
+    packing = Packing(length, 2)
+    packer, expected = RowPacker(iter([view.sequence for view in views]), packing), []
+    while row := packer.next_row():
+        expected.append([sequence.id for sequence in row])
+    rows = packed(views, length, packing)
+    assert [[name for name, _, _ in row.documents] for row in rows] == expected
+    assert expected != [[name for name, _, _ in row.documents] for row in packed(views, length)]
+
+
 def test_page_escapes_text_and_carries_its_pictures(processor):
     view = look(example("<script>", ImagePart(RED)), processor, limit=20)
     html = render(page_of([view], "rows & more", "a <model>", processor.decode, packed([view], 500)))
@@ -96,6 +109,11 @@ def test_the_command_shows_rows_and_names_those_that_cannot_be_used(tmp_path: Pa
     assert shown.exit_code == 1
     assert f"error: {file}:2 conversations: no assistant turn but at least one is needed" in shown.output
     assert CliRunner().invoke(app, ["data", "show", str(file), "--row", "7"]).exit_code != 0
+    (tmp_path / "cut.png").write_bytes((tmp_path / "a.png").read_bytes()[:-30])
+    file.write_text("".join(f"{json.dumps(row)}\n" for row in (good, {**good, "image": "cut.png"}, good)))
+    shown = CliRunner().invoke(app, ["data", "show", str(file), "--html", str(page)])
+    assert shown.exit_code == 1 and "does not decode" in shown.output and f"{file}:2" in shown.output
+    assert f"{file}:3" in shown.output and f"{file}:3" in page.read_text()
 
 
 @pytest.fixture(scope="module")

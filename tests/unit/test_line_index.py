@@ -4,6 +4,8 @@ import json
 import os
 import pickle
 import stat
+import subprocess
+import sys
 import threading
 
 import numpy as np
@@ -144,6 +146,20 @@ def test_no_place_for_an_index_is_an_error(tmp_path, monkeypatch):
     path.write_text("{}\n")
     with pytest.raises(RecordError, match="METAMORPH_CACHE_DIR"):
         LineIndex(path)
+
+
+def test_a_full_disk_is_not_taken_for_an_unreadable_file(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("{}\n" * 1000)
+    (tmp_path / "small").mkdir()
+    script = (
+        "import resource, sys; from pathlib import Path; from metamorph.data.line_index import LineIndex\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000)); LineIndex(Path(sys.argv[1]))"
+    )
+    place = {**os.environ, "METAMORPH_CACHE_DIR": str(tmp_path / "small")}
+    shown = subprocess.run([sys.executable, "-c", script, str(path)], env=place, capture_output=True, text=True)
+    assert "RecordError: no folder in which an index can be written" in shown.stderr and "METAMORPH_CACHE_DIR" in shown.stderr
+    assert [file.name for file in tmp_path.rglob("*") if file.is_file()] == ["rows.jsonl"]
 
 
 def test_those_who_build_at_once_do_not_disturb_each_other(tmp_path):

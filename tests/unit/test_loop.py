@@ -186,7 +186,7 @@ def test_resume_repeats_an_uninterrupted_run_exactly(tmp_path, optimizer):
 
 def test_a_directory_with_checkpoints_is_not_overwritten(tmp_path):
     run(tmp_path)
-    with pytest.raises(CheckpointError, match="metamorph train --resume.*choose another directory"):
+    with pytest.raises(CheckpointError, match=r"metamorph train --resume.*choose another directory"):
         run(tmp_path)
     again = run(tmp_path, resume=True)
     assert again.step == 8 and again.history == []

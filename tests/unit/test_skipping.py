@@ -65,6 +65,16 @@ def test_what_is_no_fault_of_the_row_is_not_passed_over():
             RowReader(mixture(), always(error), skip=100).read(Draw(0, 0))
 
 
+def test_bad_records_may_have_names_that_are_not_utf8(tmp_path, caplog):
+    path = tmp_path / "bad_records.jsonl"
+    records = BadRecords(9, path, "vpit")
+    for index in range(2):
+        records.add([BadRecord("a", index, "broken (a.tar sample caf\udce9)")])
+    assert [json.loads(line)["error"] for line in path.read_text().splitlines()] == ["broken (a.tar sample caf\udce9)"] * 2
+    BadRecords(9, path, "other").add([BadRecord("a", 0, "caf\udce9")])
+    assert len(path.read_text().splitlines()) == 3 and r"caf\udce9" in caplog.text
+
+
 def test_bad_records_count_once_and_are_named(tmp_path, caplog):
     path = tmp_path / "run" / "bad_records.jsonl"
     records = BadRecords(2, path, "vpit")

@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 from tests.dataset_fixtures import cut_video, video
 
+from metamorph.data.check import check
 from metamorph.data.mixture import ExampleSource
 from metamorph.data.record_files import write_jsonl
 from metamorph.data.source import open_source
@@ -110,6 +111,23 @@ def test_a_column_for_no_field_and_a_root_that_is_no_folder_are_refused(tmp_path
     for root in (tmp_path / "nowhere", path):
         with pytest.raises(ConfigError, match=r"is no folder, but the one to which paths are relative is needed"):
             open_source(path, image_root=root)
+
+
+def test_a_column_that_no_row_has_is_refused(tmp_path, caplog):
+    lines = [json.dumps({"id": str(number), "question": "What?", "answer": "That."}) for number in range(3000)]
+    lines[1700] = json.dumps({"img": "a.png", "question": "<image> What?", "answer": "That."})
+    path = write(tmp_path / "rows.jsonl", *lines[:5])
+    found = r"columns id, question, answer but 'quest' is named \(columns of rows, 5 rows read\)\. Did you mean 'question'"
+    with pytest.raises(ConfigError, match=found):
+        open_source(path, columns={"question": "quest"})
+    source = open_source(write(path, *lines[:1701]), columns={"image": "img"})  # which one row of them has
+    assert len(source[1700].messages[0].images) == 1 and not caplog.text
+    source = open_source(write(path, *lines), columns={"image": "imgg"})  # more rows than are read for it: a check tells
+    assert "'imgg' is named (columns of rows, 2000 rows read)" in caplog.text
+    (fault,) = check(source, sample=None).faults
+    assert (fault.code, fault.place, fault.field) == ("column-unknown", str(path), "image")
+    assert fault.found == "'imgg' in none of 3000 rows read" and fault.remedy == "Did you mean 'img'?"
+    assert open_source(write(path, "broken"), columns={"image": "img"}, whole_files=False)  # nothing could be compared
 
 
 def test_a_prompt_without_answer_may_be_allowed(tmp_path):

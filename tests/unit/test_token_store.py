@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import pickle
+from copy import copy
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from metamorph.data.token_store import (
     TokenSpec,
     TokenStore,
     build_index,
+    only_writer,
     prepare_store,
     shard_files,
     stored_keys,
@@ -95,6 +97,27 @@ def test_many_shards_are_read_with_few_open(tmp_path, monkeypatch):
     for order in (range(50), reversed(range(50))):
         assert all(torch.equal(store[keys(50)[i]], tokens(50)[i]) for i in order)
     assert len(store._shards) <= 2
+
+
+def test_a_store_that_grows_while_it_is_open_gives_no_other_images_tokens(tmp_path):
+    opened = write(tmp_path, dtype="float32")
+    copied = copy(opened)  # as worker processes get it: without what is mapped
+    first, seed = shard_files(tmp_path)[0], 0
+    while shard_files(tmp_path)[0] == first:  # until a later shard sorts before the first, which moves all numbers
+        seed += 1
+        write(tmp_path, dtype="float32", seed=seed)
+    for store in (opened, copied, TokenStore(tmp_path)):
+        assert all(torch.equal(store[key], expected) for key, expected in zip(keys(50), tokens(50), strict=True))
+
+
+def test_one_job_at_a_time_writes_to_a_store(tmp_path):
+    with only_writer(tmp_path / "store"):
+        with pytest.raises(ConfigError, match="another metamorph data encode but one at a time may write"), only_writer(tmp_path / "store"):
+            pass
+        with only_writer(tmp_path / "other"):
+            pass
+    with only_writer(tmp_path / "store"):
+        pass
 
 
 def test_absent_keys_are_absent(tmp_path):

@@ -82,7 +82,9 @@ def check(
     else:
         if json_file is not None:
             json_file.parent.mkdir(parents=True, exist_ok=True)
-            json_file.write_text(json.dumps(to_json(reports), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+            json_file.write_text(
+                json.dumps(to_json(reports), indent=1, ensure_ascii=False) + "\n", encoding="utf-8", errors="backslashreplace"
+            )
         show(reports, chosen.why_not, listed=json_file)
     if any(report.faults for report in reports):
         raise typer.Exit(EXIT_PROBLEMS)

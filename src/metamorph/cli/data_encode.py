@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from metamorph.data.mixture import ExampleSource
     from metamorph.data.token_store import StoreType
     from metamorph.training.config import ModelConfig, RunConfig
-    from metamorph.training.encoding import EncodingProgress
+    from metamorph.training.encoding_rounds import EncodingProgress
 
 EXIT_PROBLEMS = 1
 _SHOWN = 50  # faults that are named on the terminal; all of them are in the file

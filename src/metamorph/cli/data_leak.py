@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from metamorph.cli.data_options import Columns, cores, parse_columns, shown_progress
+from metamorph.errors import ConfigError
 from metamorph.places import check_target
 
 EXIT_LEAKS = 1
@@ -40,6 +41,10 @@ def leak(
         source = open_source(file, columns=parse_columns(columns), whole_files=False)
         with shown_progress(f"Searching {source.name}") as told:
             reports.append(find_leaks(source, benchmark, jobs=jobs or cores(), told=told))
+    for report, file in zip(reports, train, strict=True):
+        if report.unread == report.rows:
+            found = f"prompts in none of {report.rows:,} rows"
+            raise ConfigError(f"{found} but they are to be compared ({file}). Name their field (--columns question=ITS_NAME).")
     text = json.dumps(to_json(reports), indent=1, ensure_ascii=False)
     found = [one for report in reports for one in report.leaks]
     if str(json_file) == "-":
@@ -47,14 +52,14 @@ def leak(
     else:
         if json_file is not None:
             json_file.parent.mkdir(parents=True, exist_ok=True)
-            json_file.write_text(text + "\n", encoding="utf-8")
+            json_file.write_text(text + "\n", encoding="utf-8", errors="backslashreplace")
         for one in found[:SHOWN]:
             typer.echo(f"{one.match} {one.overlap:.0%}: {one.train.place} and {one.benchmark.place}")
             typer.echo(f"  train:     {_short(one.train.text)}\n  benchmark: {_short(one.benchmark.text)}")
         if len(found) > SHOWN:
             typer.echo(f"... and {len(found) - SHOWN:,} more ({json_file or 'all with --json FILE'})")
         rows, unread = sum(report.rows for report in reports), sum(report.unread for report in reports)
-        unreadable = f"; {unread:,} rows could not be read (metamorph data check names them)" if unread else ""
+        unreadable = f"; no prompt could be read in {unread:,} rows (metamorph data check says why)" if unread else ""
         typer.echo(f"{len(found):,} of {rows:,} rows' prompts are, or nearly are, among {len(benchmark.prompts):,} prompts{unreadable}.")
     if found:
         raise typer.Exit(EXIT_LEAKS)

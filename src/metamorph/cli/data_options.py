@@ -113,10 +113,11 @@ def choose_processor(model: str | None, config: RunConfig | None, max_length: in
 
 def _longest(config: RunConfig | None) -> int | None:
     """The largest limit of a recipe's stages, by which files that it does not name are judged."""
-    return max((data.max_length for data in _data_of(config)), default=None)
+    return max((data.max_length for data in data_of(config)), default=None)
 
 
-def _data_of(config: RunConfig | None) -> list:
+def data_of(config: RunConfig | None) -> list:  # of DataConfig, which is not imported here
+    """The data settings of a recipe's stages."""
     stages = [] if config is None else [stage.data or config.data for stage in config.stages]
     return [data for data in stages if data is not None]
 
@@ -134,7 +135,7 @@ def sources_of(config: RunConfig, *, whole_files: bool = True, first: int = 0) -
     """
     from metamorph.training.assembly import load_object, load_source
 
-    told = {(repr(source.to_dict()), data.max_length): source for data in _data_of(config) for source in data.sources}
+    told = {(repr(source.to_dict()), data.max_length): source for data in data_of(config) for source in data.sources}
     for (_, max_length), source in told.items():
         can_be = not whole_files and "whole_files" in signature(load_object(source.source)).parameters
         looser = {"kwargs": {**source.kwargs, "whole_files": False}} if can_be else {}

@@ -16,12 +16,13 @@ from metamorph.cli.data_options import (
     Recipe,
     check_input,
     choose_processor,
+    data_of,
     load_run,
     parse_columns,
     sources_of,
 )
 from metamorph.cli.terminal import quiet_libraries, show_table
-from metamorph.errors import ConfigError
+from metamorph.errors import ConfigError, DataError
 from metamorph.places import check_target
 
 if TYPE_CHECKING:
@@ -30,8 +31,8 @@ if TYPE_CHECKING:
 
     from metamorph.data.inspection import Run
     from metamorph.data.mixture import ExampleSource
+    from metamorph.data.packing import Packing
     from metamorph.data.showing import View
-    from metamorph.messages import Example
 
 _PACK = 4096  # positions of a row, where nobody says how many
 _PROBLEMS = 1
@@ -57,7 +58,7 @@ def show(
     quiet_libraries()
     from rich.console import Console
 
-    from metamorph.data.showing import look, pack_table, packed
+    from metamorph.data.showing import pack_table, packed
 
     console = Console()
     chosen = _processor(model, recipe, max_length)
@@ -77,11 +78,11 @@ def show(
     )
     views = []
     for index in rows:
-        example = _read(source, index)
-        if example is not None:
-            views.append(look(example, chosen.processor, chosen.max_length))
-            _print(console, views[-1])
-    packs = packed(views, chosen.max_length or _PACK) if pack else []
+        view = _look(source, index, chosen)
+        if view is not None:
+            views.append(view)
+            _print(console, view)
+    packs = packed(views, chosen.max_length or _PACK, _packing(recipe, chosen.max_length)) if pack else []
     if packs:
         show_table(pack_table(packs))
     if html is not None:
@@ -103,18 +104,34 @@ def _processor(model: str | None, recipe: str | None, max_length: int | None) ->
     return chosen
 
 
-def _read(source: ExampleSource, index: int) -> Example | None:
-    """A row; its faults are told, and None given where it cannot be used."""
-    from metamorph.data.examining import examine
-    from metamorph.data.faults import Fault
+def _packing(recipe: str | None, max_length: int | None) -> Packing | None:
+    """How the recipe fills rows from draws ahead, where its first stage with data does."""
+    from metamorph.data.packing import Packing
 
+    data = next(iter(data_of(load_run(recipe))), None)
+    return Packing(max_length or data.max_length, data.look_ahead) if data is not None and data.batch_unit == "rows" else None
+
+
+def _look(source: ExampleSource, index: int, chosen: Chosen) -> View | None:
+    """A row as the model reads it; its faults are told, and None given where it cannot be used."""
+    from metamorph.data.examining import examine
+    from metamorph.data.faults import Fault, from_error
+    from metamorph.data.showing import look
+
+    assert chosen.processor is not None
     if index >= len(source):
         raise ConfigError(f"row {index} but 0 to {len(source) - 1} exist ({source.name}). Choose another one.")
     faults: list[Fault] = []
-    example = examine(source, index, faults.append)
+    place, view = f"{source.name} row {index}", None
+    try:
+        if (example := examine(source, index, faults.append)) is not None:
+            place = example.place
+            view = look(example, chosen.processor, chosen.max_length)
+    except DataError as error:  # such as an image that does not open
+        faults.append(from_error(error, "row-refused", place))
     for fault in faults:
         typer.echo(f"{fault.severity}: {fault}\n")
-    return example
+    return view
 
 
 def _has_colour(console: Console) -> bool:

@@ -5,6 +5,7 @@ Nothing heavy is imported before a subcommand runs: each noun imports what it ne
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 from importlib import import_module
@@ -58,6 +59,8 @@ app = build_app()
 
 def main() -> None:
     """Run the command; a `MetaMorphError` becomes one line on stderr and exit code 2, anything else keeps its traceback."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # as stderr is: names of files may be any bytes
     try:
         app()
     except MetaMorphError as error:

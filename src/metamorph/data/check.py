@@ -4,22 +4,32 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from multiprocessing import get_context
 
 import numpy as np
 from jaxtyping import Int64
 
-from metamorph.data.cross_checks import ABSENT, Shape, absent_column, changing_fields, renamed_images, repeated_ids, repeated_rows
+from metamorph.data.cross_checks import (
+    ABSENT,
+    Shape,
+    absent_column,
+    changing_fields,
+    renamed_images,
+    repeated_ids,
+    repeated_rows,
+    unknown_columns,
+)
 from metamorph.data.datasets.published import PublishedSource
 from metamorph.data.faults import Fault
 from metamorph.data.findings import Findings
-from metamorph.data.formats import FIELDS
+from metamorph.data.formats import fields_of
 from metamorph.data.image_folder import FILE_COLUMNS
 from metamorph.data.mixture import ExampleSource, shuffled
+from metamorph.data.records import RecordSettings
 from metamorph.data.row_checks import OWN_NAMES, CheckSettings, RowChecker
 from metamorph.data.rows import Rows
 from metamorph.data.source import FileSource
@@ -97,6 +107,8 @@ def check(
             told(total.rows, len(indices))
     rows = _files_of(source)
     of_files = [] if rows is None else list(rows.faults())
+    if rows is not None and isinstance(source, FileSource):
+        of_files += unknown_columns(source.settings.columns, list(total.columns), total.readable, _file_of(rows))
     found = [*_of_rows(total, of_files, source.name if rows is None else _file_of(rows)), *_compared(source, settings, total)]
     found.sort(key=lambda pair: pair[0])  # stable: what a row says of itself stays before what others say of it
     lengths = total.table("lengths", 3)
@@ -109,7 +121,7 @@ def check(
         faults=tuple(dict.fromkeys([*of_files, *(fault for _, fault in found)])),
         kinds=dict(total.kinds.most_common()),
         images_per_row=dict(sorted(total.images_per_row.items())),
-        unread=_unread(total, source.settings.columns) if isinstance(source, FileSource) else (),
+        unread=_unread(total, source.settings) if isinstance(source, FileSource) else (),
         letters=_quantiles(total.table("letters", 1)[:, 0]),
         positions=_quantiles(lengths[:, 0]),
         targets={"text": int(lengths[:, 1].sum()), "visual": int(lengths[:, 2].sum())},
@@ -185,9 +197,9 @@ def _shapes(total: Findings) -> list[Shape]:
     return [Shape(name, kind, first, count) for (name, kind), (first, count) in total.shapes.items()]
 
 
-def _unread(total: Findings, columns: Mapping[str, str]) -> tuple[str, ...]:
-    """Fields of rows that mean nothing here: another's data, or a name that nobody guessed."""
-    read = {*FIELDS, *columns.values(), *FILE_COLUMNS, *OWN_NAMES}
+def _unread(total: Findings, settings: RecordSettings) -> tuple[str, ...]:
+    """Fields of rows that mean nothing here: another's data, a second form of the same, or a name that nobody guessed."""
+    read = {*fields_of(settings.format), *settings.columns.values(), *FILE_COLUMNS, *OWN_NAMES}
     return tuple(name for name in total.columns if name not in read)
 
 
@@ -207,7 +219,7 @@ def _file_of(rows: Rows) -> str:
 def _compared(source: ExampleSource, settings: CheckSettings, total: Findings) -> Iterator[tuple[int, Fault]]:
     """What only several rows together show."""
     checker = RowChecker(source, settings)
-    read = lru_cache(maxsize=_REREAD)(checker.check)
+    read = lru_cache(maxsize=_REREAD)(lambda index: replace(checker.check(index), example=None))  # which may hold images, and videos
     repeated = list(repeated_rows(total.table("contents", 2), read))
     yield from repeated
     yield from repeated_ids(total.table("ids", 2), read, {row for row, _ in repeated})

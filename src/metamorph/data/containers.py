@@ -16,6 +16,7 @@ import glob
 import os
 import re
 from bisect import bisect_right
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from itertools import accumulate, groupby
 from pathlib import Path
@@ -169,10 +170,11 @@ def _kind_of(found: _Found) -> Kind:
 
 
 class _Found(NamedTuple):
-    """A file to be read, and the folder to which its paths refer."""
+    """A file to be read, the folder to which its paths refer, and whether no other file may name what lies beside it."""
 
     file: Path
     root: Path
+    is_alone: bool = False
 
 
 def _name_of(paths: Sequence[str | Path], found: Sequence[_Found]) -> str:
@@ -186,7 +188,9 @@ def _expand(path: str | Path) -> list[_Found]:
     """The files that a path, folder or pattern names."""
     one = Path(path)
     if one.is_dir():
-        return [_Found(file, one) for file in _files_of(one)]
+        files = _files_of(one)
+        below = Counter(folder for file in files for folder in file.parents)  # how many files lie in a folder, or deeper
+        return [_Found(file, one, below[file.parent] == 1) for file in files]
     if one.exists() or not glob.has_magic(str(path)):
         return [_Found(one, one.parent)]
     found = [Path(file) for file in glob.glob(str(path), recursive=True) if not _is_ours(file)]
@@ -244,7 +248,7 @@ def _is_ours(name: str) -> bool:
 
 
 def _refuse_repeats(found: Sequence[_Found]) -> None:
-    names = [file.resolve() for file, _ in found]
+    names = [one.file.resolve() for one in found]
     seen: set[Path] = set()
     if repeated := next((name for name in names if name in seen or seen.add(name)), None):
         raise RecordError(f"{repeated} twice but each file is read once ({len(names)} files). Check patterns that overlap.")
@@ -259,16 +263,17 @@ def _open(
 
         by_root = groupby(found, lambda one: image_root or one.root)
         return [
-            open_parquet([file for file, _ in group], image_root=root, name=name, cache_dir=cache_dir, progress=bool(progress))
+            open_parquet([one.file for one in group], image_root=root, name=name, cache_dir=cache_dir, progress=bool(progress))
             for root, group in by_root
         ]
-    return [_open_one(kind, file, image_root or root, name, progress) for file, root in found]
+    return [_open_one(kind, one, image_root or one.root, name, progress) for one in found]
 
 
-def _open_one(kind: Kind, file: Path, root: Path, name: str, progress: Progress) -> Rows:
+def _open_one(kind: Kind, found: _Found, root: Path, name: str, progress: Progress) -> Rows:
+    file = found.file
     if kind == "tar":
         return TarSamples(file, name=name, progress=progress)
     if kind == "json array":
         return JsonArray(file, image_root=root, name=name, progress=progress)
     rows = (CsvLines if kind == "csv" else JsonLines)(file, image_root=root, name=name, progress=progress)
-    return CaptionedImages(rows, file.parent, root) if holds_captions(rows) else rows
+    return CaptionedImages(rows, file.parent, root, whole=found.is_alone) if holds_captions(rows) else rows

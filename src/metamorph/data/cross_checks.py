@@ -5,7 +5,8 @@ Rows are compared by hashes of 64 bits, kept in arrays: 16 bytes a row, 24 an im
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import difflib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
@@ -107,6 +108,23 @@ def changing_fields(shapes: list[Shape], place: Callable[[int], str]) -> Iterato
 
 ABSENT = ("too-few-media", "image-missing", "format-unknown")
 """What rows say of themselves where the whole file lacks a column."""
+
+
+def unknown_columns(columns: Mapping[str, str], seen: Sequence[str], rows: int, place: str) -> Iterator[Fault]:
+    """Columns that a mapping names and none of the rows has.
+
+    Args:
+        columns: our name of a field -> its name in the file.
+        seen: names of fields in the rows that could be read.
+        rows: how many those are.
+        place: the file.
+    """
+    for ours, theirs in columns.items():
+        if rows and theirs not in seen:
+            nearest = difflib.get_close_matches(theirs, seen, n=1, cutoff=0.5)
+            remedy = f"Did you mean {nearest[0]!r}?" if nearest else "Correct the mapping or leave it out."
+            found, expected = f"{theirs!r} in none of {rows} rows read", f"a column for {ours} is expected, beside {', '.join(seen)}"
+            yield Fault("column-unknown", place, ours, found, expected, remedy)
 
 
 def absent_column(faults: list[Found], shapes: list[Shape], rows: int, place: str, columns: Sequence[str]) -> Fault | None:

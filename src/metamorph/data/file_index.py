@@ -6,12 +6,13 @@
 An index is memory-mapped: to open one costs the same for a thousand rows and for millions, and processes share its pages. It belongs to
 its file by size, modification time and a hash of the file's first and last 4 KiB; whatever does not fit is built anew, never trusted. It is
 written under another name and put in place whole, so that of processes that build at once each writes the same and none reads a half. Where
-the folder is read-only it goes to `$METAMORPH_CACHE_DIR/indexes` (default: `metamorph` in `$XDG_CACHE_HOME` or `~/.cache`), and a log line
-says so.
+the folder is read-only or full it goes to `$METAMORPH_CACHE_DIR/indexes` (default: `metamorph` in `$XDG_CACHE_HOME` or `~/.cache`), and a
+log line says so.
 """
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import logging
@@ -199,14 +200,22 @@ def _build(file: Path, scan: Scan, identity: dict[str, Any], progress: Progress,
                 header = {**identity, "notes": scan(source, writer)}  # pyright: ignore[reportArgumentType]  # unbuffered, still binary
                 writer.finish(header)
             os.replace(partial, location)
+        except OSError as error:
+            if error.errno not in _NO_ROOM:
+                raise
+            _log.warning("no room for the index %s (%s)", location, error.strerror)
+            continue
         finally:
             partial.unlink(missing_ok=True)
         if location != locations(file, ending)[0]:
-            _log.warning("the folder of %s is read-only: its index is %s", file, location)
+            _log.warning("beside %s its index cannot be written: it is %s", file, location)
         return location, {**header, "sections": {name: list(place) for name, place in writer.sections.items()}}
     raise RecordError(
         f"no folder in which an index can be written but one is needed ({file}). Set METAMORPH_CACHE_DIR to a folder with room."
     )
+
+
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @contextmanager

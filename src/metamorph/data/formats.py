@@ -43,9 +43,18 @@ _IMAGES, _VIDEOS = ("image", "images"), ("video", "videos")
 _STRICT = {"id", "source", "kind", "weight", "messages"}
 _STRICT_PARTS = {"text": {"type", "text"}, "image": {"type", "path", "base64", "visual_tokens"}, "video": {"type", "frames", "fps"}}
 _KNOWN = ("conversations", "messages", "question", "answer", *CAPTIONS, *_IMAGES, *_VIDEOS)
-FIELDS = (*_KNOWN, "system", "id", "source", "kind", "weight")
+_HEADER = ("id", "source", "kind", "weight")
+FIELDS = (*_KNOWN, "system", *_HEADER)
 """Every field that some format reads."""
 _NEEDED = {"llava": "conversations", "messages": "messages", "metamorph": "messages"}
+
+
+def fields_of(kind: Format | None) -> set[str]:
+    """The fields that a format reads; None = any of them."""
+    if kind is None:
+        return set(FIELDS)
+    turns = {"llava": ("conversations",), "qa": ("question", "answer"), "pairs": CAPTIONS}.get(kind, ("messages",))
+    return {*turns, *_HEADER, *_IMAGES, *(() if kind == "pairs" else (*_VIDEOS, "system"))}
 
 
 def detect(values: Mapping[str, Any]) -> Format | None:
@@ -295,6 +304,9 @@ def _field_of(values: Mapping[str, Any], kind: str) -> str:
 def _refs(values: Mapping[str, Any], kind: MediaKind, field: str, teller: Teller) -> list[MediaRef]:
     """The media that a row lists in its own field: none, one, or several."""
     value = values.get(field)
+    if (other := values.get(f"{kind}s")) and value and field == kind and other not in (value, [value]) and value != [other]:
+        found, expected = f"other {kind}s than {field} has", "one field is expected, for only one is read"
+        teller.fault("media-twice", f"{kind}s", found, expected, f"Put all into {kind}s, or leave it out.")
     if value is None:
         return []
     if isinstance(value, (list, tuple)):

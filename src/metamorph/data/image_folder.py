@@ -121,10 +121,11 @@ class CaptionedImages(FaultyRows):
         rows: of the captions file.
         folder: in which it lies, and to which its names are relative.
         root: the folder to which the `image` of the result is relative; `folder` lies in it, or its own names are kept.
+        whole: tell of images in the folder that no row names; off where it may hold those of other files too.
     """
 
-    def __init__(self, rows: CsvLines | JsonLines, folder: Path, root: Path) -> None:
-        self.rows, self.folder, self.root, self.name = rows, folder, root, rows.name
+    def __init__(self, rows: CsvLines | JsonLines, folder: Path, root: Path, *, whole: bool = True) -> None:
+        self.rows, self.folder, self.root, self.name, self._whole = rows, folder, root, rows.name, whole
         self._below = PurePosixPath(folder.relative_to(root).as_posix()) if folder != root and folder.is_relative_to(root) else None
 
     def __len__(self) -> int:
@@ -148,7 +149,7 @@ class CaptionedImages(FaultyRows):
     def faults(self) -> Iterator[Fault]:
         """What is wrong with the captions file, and, of up to 20,000 rows, images of the folder that no row names."""
         yield from self.rows.faults()
-        if len(self) > _COMPARED:  # all rows would have to be read, whenever the folder is opened
+        if not self._whole or len(self) > _COMPARED:  # all rows would have to be read, whenever the folder is opened
             return
         rows = list(map(self.row_or_fault, range(len(self))))
         if any(isinstance(row, Fault) for row in rows):  # which may be what names them; once it is repaired this is asked again

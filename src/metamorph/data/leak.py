@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 from metamorph.data.faults import Fault
+from metamorph.data.formats import CAPTIONS
 from metamorph.data.mixture import ExampleSource
 from metamorph.data.row_checks import digest
 from metamorph.data.source import FileSource, open_source
@@ -61,7 +62,7 @@ class LeakReport:
     leaks: tuple[Leak, ...]  # in the order of training rows
     prompts: int
     rows: int
-    unread: int  # training rows that could not be read; `metamorph data check` names them
+    unread: int  # training rows in which no prompt could be read; `metamorph data check` says why
 
 
 def words(text: str) -> list[str]:
@@ -181,13 +182,13 @@ def _search(source: ExampleSource, benchmark: Benchmark, rows: range) -> Searche
     leaks, unread = [], 0
     for row in rows:
         asked = asked_in(source, row)
-        unread += asked is None
+        unread += not asked
         leaks += [leak for prompt in asked or () if (leak := benchmark.leak_of(prompt)) is not None]
     return leaks, unread
 
 
 def asked_in(source: ExampleSource, row: int) -> list[Prompt] | None:
-    """The texts of a row's user turns; None where it cannot be read. Media are not touched: of files, only the text fields are read."""
+    """The texts of a row's user turns and captions, or None where it cannot be read. Of files only text fields are read."""
     if isinstance(source, FileSource):
         raw = source.rows.row_or_fault(row)
         return None if isinstance(raw, Fault) else [Prompt(text, raw.place) for text in _user_texts(raw.values, source)]
@@ -209,7 +210,7 @@ def _user_texts(values: Any, source: FileSource) -> Iterator[str]:
         for turn in row.get(name) or () if isinstance(row.get(name), list) else ():
             if isinstance(turn, dict) and str(turn.get("from", turn.get("role"))).lower() in ("human", "user"):
                 yield _said(turn.get("value", turn.get("content")))
-    for name in (*PROMPT_FIELDS, "caption", "text"):
+    for name in dict.fromkeys((*PROMPT_FIELDS, *CAPTIONS)):
         if isinstance(row.get(name), str):
             yield row[name]
 

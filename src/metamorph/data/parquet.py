@@ -7,6 +7,7 @@ images stay encoded, however deep they lie, and no column is hidden. `streaming.
 
 from __future__ import annotations
 
+import glob
 import re
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
@@ -98,7 +99,7 @@ def open_parquet(
     shards, broken = _shards(files)
     table = None
     if shards:
-        options = {"data_files": [str(shard) for shard in shards], "split": "train"}
+        options = {"data_files": [glob.escape(str(shard)) for shard in shards], "split": "train"}
         place = f"{files[0]}{f' and {len(files) - 1} more' if len(files) > 1 else ''}"
         table = load_table("parquet", place, progress=progress, cache_dir=cache_dir, **options)
     counted = [Shard(str(file), number) for file, number in shards.items()]

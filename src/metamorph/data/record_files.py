@@ -18,6 +18,6 @@ def write_jsonl(path: Path, examples: Iterable[Example], *, root: Path | None = 
     """
     folder = path.parent if root is None else root
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    with partial.open("w", encoding="utf-8") as file:
+    with partial.open("w", encoding="utf-8", errors="backslashreplace") as file:
         file.writelines(json.dumps(to_json(example, root=folder), ensure_ascii=False) + "\n" for example in examples)
     os.replace(partial, path)

@@ -70,17 +70,13 @@ class RowFindings:
     content: int = 0  # hash of all fields but its own names; 0 where the row could not be read
     columns: tuple[str, ...] = ()  # names of its fields
     shapes: tuple[tuple[str, str], ...] = ()  # field of media -> "text", "a list" or "an object"
+    id: str = ""  # the row's own; "" where it has none, so that its place stands in
 
     @property
     def letters(self) -> int:
         """Characters of text."""
         parts = [part for message in self.example.messages for part in message.parts] if self.example else []
         return sum(len(part.text) for part in parts if isinstance(part, TextPart))
-
-    @property
-    def id(self) -> str:
-        """The row's own id; "" where it has none, so that its place stands in."""
-        return self.example.id if self.example is not None and self.example.id != self.place else ""
 
 
 class RowChecker:
@@ -115,6 +111,7 @@ class RowChecker:
             _content(raw.values),
             tuple(map(str, raw.values)),
             tuple(_shapes(raw, self._records.columns)),
+            _own_id(example, raw.place),
         )
 
     def _check_example(self, index: int, faults: list[Fault]) -> RowFindings:
@@ -142,7 +139,7 @@ class RowChecker:
                 where = "" if raw is None else field_of(raw, image.image)
                 self._see_image(image.image, "", where or f"image {number + 1}", teller, None)
         lengths = None if teller.failed else self._measured(example, "", faults)
-        return RowFindings(example.place, tuple(faults), example, lengths, tuple(self._seen))
+        return RowFindings(example.place, tuple(faults), example, lengths, tuple(self._seen), id=_own_id(example, example.place))
 
     def _see(self, ref: MediaRef, part: ImagePart | VideoPart, teller: Teller) -> None:
         """Open an image that a record names."""
@@ -194,6 +191,10 @@ class RowChecker:
             fields = [image.field for image in self._seen]
             faults.append(_too_long(lengths, limit, example.place, where, fields, exact=self._settings.measure.exact))
         return lengths
+
+
+def _own_id(example: Example | None, place: str) -> str:
+    return example.id if example is not None and example.id != place else ""
 
 
 def _named_after_sample(name: str, place: str) -> bool:

@@ -5,7 +5,7 @@ Axes: t positions, m images that come as pixels, k visual tokens per image.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from html import escape
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
@@ -15,6 +15,7 @@ from PIL import Image
 
 from metamorph.data.inspection import Run, describe, runs
 from metamorph.data.lengths import UNLIMITED, lengths_of
+from metamorph.data.packing import Packing, RowPacker
 from metamorph.media import to_pil
 from metamorph.messages import Example, Message
 from metamorph.reporting.blocks import Block, Details, Facts, Heading, Note, Paragraph, TableBlock, picture_html
@@ -101,19 +102,32 @@ def look(example: Example, processor: ShowsSequences, limit: int | None = None) 
     return View(example, sequence, tuple(runs(sequence, processor.decode)), pictures, limit)
 
 
-def packed(views: Sequence[View], length: int) -> list[PackedRow]:
-    """The rows into which training would pack these documents, in this order; one that is too long for any is left out."""
+def packed(views: Sequence[View], length: int, packing: Packing | None = None) -> list[PackedRow]:
+    """The rows into which training would pack these documents, in this order; one that is too long for any is left out.
+
+    Args:
+        views: the documents.
+        length: positions in a row.
+        packing: how, where rows are filled from draws ahead (`batch_unit: rows`); None = as a batch of these documents alone is packed.
+    """
     from metamorph.data.collate import first_fit
 
     fitting = [view for view in views if len(view.sequence) <= length]
     rows = []
-    for row in first_fit([len(view.sequence) for view in fitting], length):
+    for row in first_fit([len(view.sequence) for view in fitting], length) if packing is None else _filled(fitting, packing):
         documents, start = [], 0
         for number in row:
             documents.append((fitting[number].example.id, start, len(fitting[number].sequence)))
             start += len(fitting[number].sequence)
         rows.append(PackedRow(tuple(documents), length))
     return rows
+
+
+def _filled(views: Sequence[View], packing: Packing) -> Iterator[list[int]]:
+    numbers = {id(view.sequence): number for number, view in enumerate(views)}
+    packer = RowPacker(iter([view.sequence for view in views]), packing)
+    while row := packer.next_row():
+        yield [numbers[id(sequence)] for sequence in row]
 
 
 def pack_table(rows: Sequence[PackedRow]) -> Table:

@@ -109,7 +109,8 @@ class BadRecords:
         new = {(record.source, record.index): record for record in records if (record.source, record.index) not in self._known}
         self._known |= new
         for record in new.values():
-            _log.warning("skipped a row of %s: %s", record.source, record.error)
+            error = record.error.encode(errors="backslashreplace").decode()  # names of files may be any bytes
+            _log.warning("skipped a row of %s: %s", record.source, error)
         if new:
             self._write(new.values())
         if len(self._known) > self.limit:
@@ -132,15 +133,16 @@ class BadRecords:
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
         if self._file_is_ours:
-            with self.path.open("a", encoding="utf-8") as file:
+            with self.path.open("a", encoding="utf-8", errors="backslashreplace") as file:
                 file.writelines(map(self._line, new))
             return
         before = self.path.read_text(encoding="utf-8").splitlines(keepends=True) if self.path.is_file() else []
         others = [line for line in before if line.endswith("\n") and json.loads(line)["stage"] != self.stage]
         beside = self.path.with_suffix(".partial")
-        beside.write_text("".join([*others, *map(self._line, self._known.values())]), encoding="utf-8")
+        beside.write_text("".join([*others, *map(self._line, self._known.values())]), encoding="utf-8", errors="backslashreplace")
         os.replace(beside, self.path)
         self._file_is_ours = True
 
     def _line(self, record: BadRecord) -> str:
+        """JSON; bytes of a name that are not UTF-8, which no file takes as they are, become escapes of JSON."""
         return json.dumps({"stage": self.stage, **asdict(record)}, ensure_ascii=False) + "\n"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,6 +23,9 @@ if TYPE_CHECKING:
 
 PROBED_ROWS = 20
 """Rows at the front of a file by which its format is told."""
+COMPARED_ROWS = 2000
+"""Rows in which columns that are named are looked for."""
+_log = logging.getLogger(__name__)
 
 
 class FileSource:
@@ -107,7 +112,7 @@ def open_source(
 
     Raises:
         RecordError: there is no such file, or it is refused.
-        ConfigError: an unknown format or field, no such image root, or settings of videos that are out of range.
+        ConfigError: an unknown format, field or column, no such image root, or settings of videos that are out of range.
     """
     from metamorph.data.containers import open_rows
 
@@ -115,6 +120,7 @@ def open_source(
     rows = open_rows(path, image_root=None if image_root is None else Path(image_root), name=name, progress=True)
     if whole_files:
         refuse_broken_files(rows)
+    _check_columns_of(rows, columns or {})
     roots = Roots(rows.root if image_root is None else Path(image_root), _fetch() if allow_urls else None)
     settings = RecordSettings(
         roots=roots,
@@ -140,6 +146,32 @@ def check_settings(function: str, format: str | None, columns: Mapping[str, str]
     if image_root is not None and not Path(image_root).is_dir():
         found = f"image_root {str(image_root)!r}, which is no folder,"
         raise ConfigError(f"{found} but the one to which paths are relative is needed ({Path(image_root).absolute()}). Check the path.")
+
+
+def _check_columns_of(rows: Rows, columns: Mapping[str, str]) -> None:
+    """Refuse a column that no row has: read as if it were empty, it would leave out all images, say. Of too many rows some are read.
+
+    Raises:
+        ConfigError: with the nearest that there is.
+    """
+    missing, seen = set(columns.values()), dict[str, None]()
+    asked = min(len(rows), COMPARED_ROWS)
+    for number in range(asked):
+        if not missing:
+            return
+        row = rows.row_or_fault(number * len(rows) // asked)
+        if not isinstance(row, Fault):
+            seen.update(dict.fromkeys(map(str, row.values)))
+            missing -= set(seen)
+    if not missing or not seen:
+        return
+    name = min(missing)
+    nearest = difflib.get_close_matches(name, seen, n=1, cutoff=0.5)
+    remedy = f"Did you mean {nearest[0]!r}?" if nearest else "Correct the mapping or leave it out."
+    message = f"columns {', '.join(seen)} but {name!r} is named (columns of {rows.name}, {asked} rows read). {remedy}"
+    if asked == len(rows):
+        raise ConfigError(message)
+    _log.warning("%s", message)  # one of the others may have it; a check of all rows tells
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ library passes over what lies before it in its shard: resuming costs up to one s
 
 from __future__ import annotations
 
+import glob
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
@@ -161,7 +162,7 @@ def stream_rows(
         options = {"name": source.config, "split": source.split, "revision": source.revision}
         stream = load_table(source.name, path, streaming=True, **options)
     else:
-        files = [str(file) for file in path]
+        files = [glob.escape(str(file)) for file in path]
         stream = load_table("parquet", files[0], streaming=True, data_files=files, split="train")
     default = path if isinstance(path, str) else Path(path[0]).stem
     return StreamedRows(stream, name or default, seed=seed, block=block, rank=rank, world_size=world_size)

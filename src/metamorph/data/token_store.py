@@ -3,6 +3,7 @@
     store.json                        what the tokens are: encoder, preprocessing, shape, dtype
     tokens-<hash>.safetensors         "keys" [n 16] and "tokens" [n k v], of up to about 512 MiB
     index.safetensors                 the keys of all shards, sorted, with shard and row: written last
+    encode.lock                       held by the job that writes
     broken.jsonl                      images that do not decode, and why; see broken_images.py
 
 A key is `media.image_hash`: of the bytes of the file, so that looking it up decodes nothing, and the same image is found under any name and
@@ -21,7 +22,8 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -35,11 +37,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from metamorph.data.broken_images import BrokenImages
+from metamorph.data.tensor_files import map_tensors, read_metadata
 from metamorph.errors import ConfigError
 from metamorph.media import HASH_BYTES, describe_source, image_hash
 from metamorph.messages import Example, ImagePart, ImageSource, Part, VideoPart
 
-HEADER, INDEX = "store.json", "index.safetensors"
+HEADER, INDEX, LOCK = "store.json", "index.safetensors", "encode.lock"
 VERSION = 1
 SHARD_BYTES = 2**29
 SHARD_SECONDS = 300.0
@@ -105,7 +108,7 @@ class TokenStore:
         self.spec, self.dtype = read_header(directory)
         shards = {path.name for path in shard_files(directory)}
         try:
-            details = json.loads(_layout(directory / INDEX).metadata["shards"])
+            details = json.loads(read_metadata(directory / INDEX)["shards"])
         except (OSError, ValueError, KeyError):
             details = None
         if details is None or set(details) != shards:
@@ -185,14 +188,15 @@ class TokenStore:
 
     def _opened_index(self) -> dict[str, np.ndarray]:
         if self._index is None:
-            self._index = _layout(self.directory / INDEX).map()
+            index = map_tensors(self.directory / INDEX)
+            self._index, self._names = index.arrays, json.loads(index.metadata["shards"])  # of one file: the store may grow meanwhile
         return self._index
 
     def _opened_shard(self, number: int) -> np.ndarray:
         if number not in self._shards:
             if len(self._shards) >= _OPEN_SHARDS:
                 self._shards.pop(next(iter(self._shards)))
-            self._shards[number] = _layout(self.directory / self._names[number]).map()["tokens"]
+            self._shards[number] = map_tensors(self.directory / self._names[number]).arrays["tokens"]
         return self._shards[number]
 
 
@@ -256,6 +260,27 @@ class KeySet:
                 self._recent = set()
 
 
+@contextmanager
+def only_writer(directory: Path) -> Iterator[None]:
+    """Hold a store for one job, of however many processes: the first of them calls this. Where files cannot be locked nothing is held.
+
+    Raises:
+        ConfigError: another job holds it.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    with (directory / LOCK).open("wb") as lock:
+        try:
+            import fcntl
+
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            remedy = "Wait for it, encode elsewhere, or let one job do both: torchrun splits the work over processes."
+            raise ConfigError(f"another metamorph data encode but one at a time may write ({directory}). {remedy}") from error
+        except (ImportError, OSError):  # a system, or a file system, without locks
+            pass
+        yield
+
+
 def prepare_store(directory: Path, spec: TokenSpec, dtype: StoreType) -> None:
     """Begin a store, or go on with one: half-written and broken shards are deleted, so that their images are encoded again.
 
@@ -278,14 +303,14 @@ def prepare_store(directory: Path, spec: TokenSpec, dtype: StoreType) -> None:
         partial.unlink()
     for shard in shard_files(directory):
         try:
-            _layout(shard)
+            read_metadata(shard)
         except ValueError:
             shard.unlink()
 
 
 def stored_keys(directory: Path) -> list[UInt8[np.ndarray, "_ 16"]]:
     """The keys of every shard."""
-    return [np.asarray(_layout(shard).map()["keys"]) for shard in shard_files(directory)]
+    return [np.asarray(map_tensors(shard).arrays["keys"]) for shard in shard_files(directory)]
 
 
 def build_index(directory: Path) -> int:
@@ -347,47 +372,6 @@ def _sorted_halves(keys: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray, np.n
     new = np.ones(len(halves), dtype=bool)
     new[1:] = (halves[1:] != halves[:-1]).any(axis=1)
     return np.ascontiguousarray(halves[new, 0]), np.ascontiguousarray(halves[new, 1]), order[new]
-
-
-@dataclass(frozen=True)
-class _Layout:
-    """Where in a safetensors file its tensors lie."""
-
-    path: Path
-    start: int
-    tensors: Mapping[str, Any]
-    metadata: Mapping[str, str]
-
-    def map(self) -> dict[str, np.ndarray]:
-        """Its tensors, mapped into memory; bfloat16 as its 16 bits."""
-        kinds = {"BF16": np.uint16, "F32": np.float32, "U8": np.uint8, "U32": np.uint32, "U64": np.uint64}
-        mapped = {}
-        for name, entry in self.tensors.items():
-            shape, begin = tuple(entry["shape"]), self.start + entry["data_offsets"][0]
-            kind = kinds[entry["dtype"]]
-            empty = 0 in shape  # which cannot be mapped
-            mapped[name] = np.zeros(shape, kind) if empty else np.memmap(self.path, kind, "r", begin, shape)
-        return mapped
-
-
-def _layout(path: Path) -> _Layout:
-    """Read the header of a safetensors file.
-
-    Raises:
-        OSError: there is no such file.
-        ValueError: it is not whole.
-    """
-    with path.open("rb") as file:
-        size = int.from_bytes(file.read(8), "little")
-        whole = os.fstat(file.fileno()).st_size
-        header = json.loads(file.read(size)) if 0 < size <= whole - 8 else None
-    if header is None:
-        raise ValueError(f"{path} is cut short")
-    metadata = header.pop("__metadata__", {})
-    end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
-    if 8 + size + end != whole:
-        raise ValueError(f"{path} is cut short")
-    return _Layout(path, 8 + size, header, metadata)
 
 
 def _put(partial: Path, final: Path) -> None:

@@ -82,6 +82,6 @@ def write(page: Page, path: Path) -> Path:
     """Render the page to `path`, whole or not at all, and return the path."""
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f".{path.name}.unfinished")
-    unfinished.write_text(render(page), encoding="utf-8")
+    unfinished.write_text(render(page), encoding="utf-8", errors="backslashreplace")  # names of files may be any bytes
     os.replace(unfinished, path)
     return path
