@@ -124,7 +124,7 @@ def test_a_column_that_no_row_has_is_refused(tmp_path, caplog):
     assert len(source[1700].messages[0].images) == 1 and not caplog.text
     source = open_source(write(path, *lines), columns={"image": "imgg"})  # more rows than are read for it: a check tells
     assert "'imgg' is named (columns of rows, 2000 rows read)" in caplog.text
-    (fault,) = check(source, sample=None).faults
+    fault, *_ = check(source, sample=None).faults
     assert (fault.code, fault.place, fault.field) == ("column-unknown", str(path), "image")
     assert fault.found == "'imgg' in none of 3000 rows read" and fault.remedy == "Did you mean 'img'?"
     assert open_source(write(path, "broken"), columns={"image": "img"}, whole_files=False)  # nothing could be compared
