@@ -8,7 +8,7 @@ import pytest
 from tests.docs.pages import DOCS
 
 from metamorph.data.faults import Fault, Report
-from metamorph.data.formats import detect
+from metamorph.data.record_fields import detect
 from metamorph.data.records import RecordSettings, to_example
 from metamorph.data.references import Roots
 from metamorph.data.rows import RawRow

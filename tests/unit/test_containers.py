@@ -5,6 +5,7 @@ import io
 import json
 import multiprocessing
 import pickle
+import re
 import tarfile
 from dataclasses import dataclass
 from itertools import chain
@@ -511,6 +512,38 @@ def test_parquet_keeps_what_it_holds(shards):
     sent = pickle.dumps(rows)
     assert len(sent) < 20_000
     assert pickle.loads(sent)[13] == rows[13]  # noqa: S301
+
+
+def test_what_describes_a_data_set_is_no_file_of_records(tmp_path):
+    info = write(tmp_path / "dataset_info.json", json.dumps({"demo": {"file_name": "train.json"}}, indent=2))
+    with pytest.raises(RecordError, match="one JSON object over several lines but one object on each line, or an array"):
+        open_rows(info)
+    with pytest.raises(RecordError, match="no file of records"):
+        open_rows(tmp_path)
+    write(tmp_path / "state.json", json.dumps({"_data_files": []}, indent=2))
+    with pytest.raises(RecordError, match=r"save_to_disk.*to_parquet"):
+        open_rows(tmp_path)
+    write(tmp_path / "train.json", json.dumps([{"n": 1}], indent=2))
+    assert [row.values["n"] for row in open_rows(tmp_path)] == [1]
+
+
+def test_the_remedy_for_several_splits_names_one_that_opens(tmp_path):
+    for name in ("a/data/train-0.jsonl", "a/data/test-0.jsonl", "b/test/x.jsonl", "b/train/x.jsonl"):
+        write(tmp_path / name, '{"n": 1}\n')
+    for folder in ("a", "b"):
+        with pytest.raises(RecordError, match="splits test, train") as refused:
+            open_rows(tmp_path / folder)
+        named = re.search(r"Name it: (.*)\.$", str(refused.value))[1]
+        assert len(open_rows(named)) == 1
+
+
+def test_headers_alone_and_zeros_are_named_for_what_they_are(tmp_path):
+    rows = open_rows(write(tmp_path / "metadata.csv", "file_name,text\n"))
+    assert [fault.code for fault in rows.faults()] == ["empty"]
+    rows = open_rows(write(tmp_path / "pandas.csv", ",file_name,text\n0,a.png,a bus\n"))
+    assert rows[0].values["caption"] == "a bus"
+    with pytest.raises(RecordError, match="begins with 1024 zero bytes"):
+        open_rows(write(tmp_path / "empty.tar", "\0" * 1024))
 
 
 def test_names_of_parquet_files_are_no_patterns(tmp_path):

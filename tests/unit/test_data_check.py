@@ -153,6 +153,32 @@ def test_fields_that_nobody_reads_are_told(tmp_path: Path):
     assert check(open_source(write(path, 3, messages=[], question="a"))).unread == ("messages", "question")  # conversations are read
 
 
+def test_an_error_and_a_warning_of_one_code_are_shown_apart(tmp_path: Path):
+    path = write(tmp_path / "train.jsonl", 3)
+    Image.new("RGB", (8, 8)).save(tmp_path / "b.png", format="JPEG")
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join([lines[0].replace("a.png", "b.png"), lines[1].replace('"a.png"', "7"), lines[2]]))
+    report = check(open_source(path))
+    assert [(code, number, first[0].severity) for code, number, first in grouped(report.faults) if code == "image-type"] == [
+        ("image-type", 1, "error"),
+        ("image-type", 1, "warning"),
+    ]
+
+
+def test_a_tag_in_a_few_rows_is_no_missing_column(tmp_path: Path):
+    turns = [{"from": "human", "value": "a?"}, {"from": "gpt", "value": "b"}]
+    rows = [{"conversations": [{**turns[0], "value": f"{number}?"}, turns[1]]} for number in range(20)]
+    for number in (4, 9):
+        rows[number]["conversations"][0]["value"] = f"Explain vector<image> {number}"
+    path = tmp_path / "train.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    faults = check(open_source(path)).faults
+    assert [(one.code, one.place, one.field) for one in faults] == [
+        ("too-few-media", f"{path}:{line}", "conversations[0].value") for line in (5, 10)
+    ]
+    assert "list of parts" in faults[0].remedy
+
+
 def test_names_that_are_not_utf8_are_written_down(tmp_path: Path):
     with tarfile.open(tmp_path / "a.tar", "w", format=tarfile.GNU_FORMAT, encoding="latin-1") as tar:
         tar.addfile(tarfile.TarInfo("café.txt"))  # a caption without a picture

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from metamorph.data.formats import detect
+from metamorph.data.record_fields import detect
 from metamorph.data.records import RecordSettings, kind_of, to_example
 from metamorph.data.references import Roots
 from metamorph.data.rows import RawRow
@@ -167,7 +167,7 @@ C = "conversations"
     ("values", "expected"),
     [
         ({"image": "a.png", C: [human("What?"), gpt("A.")]}, [("too-many-media", "image")]),
-        ({C: [human("<image> What?"), gpt("A.")]}, [("too-few-media", "image")]),
+        ({C: [human("<image> What?"), gpt("A.")]}, [("too-few-media", f"{C}[0].value")]),
         ({"image": "a.png", C: [human("<image><image>"), gpt("A.")]}, [("too-few-media", "image")]),
         ({"image": "a.png", C: [human("pre<image>fix"), gpt("A.")]}, [("tag-in-text", f"{C}[0].value")]),
         ({"image": "a.png", C: [human("`<image>` is a tag"), gpt("A.")]}, [("tag-in-text", f"{C}[0].value")]),
@@ -180,7 +180,7 @@ C = "conversations"
         ({C: [human("a"), gpt("b<|im_end|>")]}, [("marker-in-text", f"{C}[1].value")]),
         ({C: [human("a"), gpt("b\nUSER: c")]}, [("marker-in-text", f"{C}[1].value")]),
         ({"image": [], C: [human("a"), gpt("b")]}, [("images-empty", "image")]),
-        ({"image": "", C: [human("<image> a"), gpt("b")]}, [("image-empty", "image"), ("too-few-media", "image")]),
+        ({"image": "", C: [human("<image> a"), gpt("b")]}, [("image-empty", "image"), ("too-few-media", f"{C}[0].value")]),
         ({C: [human("a"), gpt(None)]}, [("answer-null", f"{C}[1].value")]),
         ({C: [human("a"), gpt("  ")]}, [("answer-empty", f"{C}[1].value")]),
         ({C: [human(""), gpt("b")]}, [("turn-empty", f"{C}[0].value")]),
@@ -212,6 +212,20 @@ C = "conversations"
         ({"image": "a.png", "images": ["b.png"], C: [human("<image>"), gpt("b")]}, [("media-twice", "images")]),
         ({"image": "a.png", "images": ["a.png"], C: [human("<image>"), gpt("b")]}, []),
         ({"image": ["a.png"], "images": [], C: [human("<image>"), gpt("b")]}, []),
+        ({C: [human("a"), {**gpt("b"), "weight": 0}, human("c"), gpt("d")]}, [("answer-unlearned", f"{C}[1].weight")]),
+        ({C: [human("a"), {**gpt("b"), "loss": False}]}, [("answer-unlearned", f"{C}[1].loss")]),
+        ({C: [{**human("a"), "weight": 0}, {**gpt("b"), "weight": 1, "loss": True}]}, []),
+        ({"messages": said([{"type": "image"}], "b")}, [("image-empty", "messages[0].content[0]")]),
+        ({"messages": said([{"type": "image", "source": {"data": "A"}}], "b")}, [("image-empty", "messages[0].content[0]")]),
+        ({"messages": said([{"type": "text", "text": " "}], "b")}, [("turn-empty", "messages[0].content[0].text")]),
+        ({"question": "a", "img": "a.png"}, [("format-unknown", "")]),
+        ({"image": ["a.png", "b.png"], "caption": "a bus"}, [("too-many-media", "image")]),
+        ({"video": [["a.png"]], C: [human("<video>"), gpt("b")]}, [("video-short", "video[0]")]),
+        ({"file_name": "a.png", "messages": said("a", "b")}, [("too-many-media", "file_name")]),
+        ({"file_name": "chat-7.txt", "messages": said("a", "b")}, []),
+        ({"file_name": "a.png", "messages": said([{"type": "image", "path": "a.png"}], "b")}, []),
+        ({"image": {"bytes": None, "path": None}, C: [human("a"), gpt("b")]}, []),
+        ({C: [human("a"), gpt("```html\n</s>\n``` and `<|im_end|>`")]}, []),
         ({"system": 7, C: [human("a"), gpt("b")]}, [("text-type", "system")]),
         ({"system": "See <image>.", "image": "a.png", C: [human("<image>"), gpt("b")]}, [("image-in-system", "system")]),
         ({"system": "a", C: [{"from": "system", "value": "b"}, human("a"), gpt("b")]}, [("system-twice", "system")]),
@@ -228,6 +242,31 @@ def test_a_field_of_its_own_holds_the_words_of_the_system():
             assert [message.role for message in read(system=nothing, **values).messages] == ["user", "assistant"]
     twice = read(system="Be brief.", **{C: [{"from": "system", "value": "Be brief."}, human("a"), gpt("b")]})
     assert [message.role for message in twice.messages] == ["system", "user", "assistant"]
+
+
+def test_white_space_beside_an_image_part_says_nothing():
+    image = {"type": "image", "path": "a.png"}
+    content = [{"type": "text", "text": ""}, image, {"type": "text", "text": "\n"}, {"type": "image", "path": "b.png"}, "What?"]
+    assert read(messages=said(content, "b")).messages[0] == Message.user(ROOT / "a.png", ROOT / "b.png", "What?")
+
+
+def test_an_imagefolders_file_name_is_the_image_of_any_record():
+    for values in ({"question": "What?", "answer": "That."}, {"messages": said("<image>What?", "That.")}):
+        assert read(file_name="a.png", **values).messages[0] == Message.user(ROOT / "a.png", "What?")
+    assert len(read(file_name="a.png", text="a bus").messages[1].images) == 1
+
+
+def test_a_question_without_its_answer_lacks_a_field():
+    qa = RecordSettings(Roots(ROOT), format="qa")
+    assert faults(qa, question="a", id="7") == [("field-missing", "answer")]
+    assert faults(qa, question="a", answer=None) == [("answer-null", "answer")]
+    assert faults(RecordSettings(Roots(ROOT), format="pairs"), image="a.png") == [("field-missing", "caption")]
+
+
+def test_too_many_videos_are_told_by_the_tag_that_stands_there():
+    found = []
+    to_example(RawRow({"video": ["a.mp4", "b.mp4"], C: [human("<video> a"), gpt("b")]}, "rows.jsonl:7"), SETTINGS, found.append)
+    assert "1 <video> in the text" in found[0].found and "<image>" not in found[0].remedy
 
 
 def test_code_may_hold_what_is_nearly_a_tag():

@@ -26,9 +26,9 @@ from metamorph.data.cross_checks import (
 from metamorph.data.datasets.published import PublishedSource
 from metamorph.data.faults import Fault
 from metamorph.data.findings import Findings
-from metamorph.data.formats import fields_of
 from metamorph.data.image_folder import FILE_COLUMNS
 from metamorph.data.mixture import ExampleSource, shuffled
+from metamorph.data.record_fields import fields_of
 from metamorph.data.records import RecordSettings
 from metamorph.data.row_checks import OWN_NAMES, CheckSettings, RowChecker
 from metamorph.data.rows import Rows
@@ -199,8 +199,9 @@ def _shapes(total: Findings) -> list[Shape]:
 
 def _unread(total: Findings, settings: RecordSettings) -> tuple[str, ...]:
     """Fields of rows that mean nothing here: another's data, a second form of the same, or a name that nobody guessed."""
-    read = {*fields_of(settings.format), *settings.columns.values(), *FILE_COLUMNS, *OWN_NAMES}
-    return tuple(name for name in total.columns if name not in read)
+    files = FILE_COLUMNS if settings.format == "pairs" else ()
+    read = {*fields_of(settings.format), *settings.columns.values(), *files, *OWN_NAMES}
+    return tuple(name for name in total.columns if name and name not in read)
 
 
 def _files_of(source: ExampleSource) -> Rows | None:

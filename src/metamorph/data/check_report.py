@@ -86,10 +86,10 @@ def contents(report: SourceReport) -> Table:
 
 def grouped(faults: Sequence[Fault]) -> Iterator[tuple[str, int, list[Fault]]]:
     """(code, how many, the first few) of each kind of problem, errors first, then the frequent."""
-    groups: dict[str, list[Fault]] = {}
+    groups: dict[tuple[str, str], list[Fault]] = {}
     for fault in faults:
-        groups.setdefault(fault.code, []).append(fault)
-    for code, group in sorted(groups.items(), key=lambda pair: (pair[1][0].severity, -len(pair[1]))):
+        groups.setdefault((fault.severity, fault.code), []).append(fault)
+    for (_, code), group in sorted(groups.items(), key=lambda pair: (pair[0][0], -len(pair[1]))):
         yield code, len(group), group[:SHOWN]
 
 

@@ -114,11 +114,19 @@ def detect(path: Path) -> Kind:
     where, magic = _TAR_MAGIC
     if head[where] == magic:
         return "tar"
+    if head and not head.strip(b"\0"):
+        raise RecordError(
+            f"a file that begins with {len(head)} zero bytes but records are needed ({path}). Fetch it again, or leave it out."
+        )
     if wide_encoding(head):
         return "json lines"  # which says what is wrong with it
     text = head.removeprefix(BOM).lstrip(BLANK)
     if text.startswith(b"["):
         return "json array"
+    if is_one_object(head):
+        expected = "one object on each line, or an array of them, is needed"
+        remedy = "Write the records that it holds as an array: [{...}, ...]; leave it out, if it only describes others."
+        raise RecordError(f"one JSON object over several lines but {expected} ({path}). {remedy}")
     if text.startswith(b"{") or not text:
         return "json lines"
     if looks_like_csv(head):
@@ -163,6 +171,11 @@ class ConcatenatedRows(FaultyRows):
         """Those of all parts, in order."""
         for part in self.parts:
             yield from part.faults()
+
+
+def is_one_object(head: bytes) -> bool:
+    """Whether JSON begins as an object that is spread over lines: no row, but what describes a data set, or holds one inside."""
+    return head.removeprefix(BOM).lstrip(BLANK).split(b"\n", 1)[0].rstrip() == b"{" and b"\n" in head
 
 
 def _kind_of(found: _Found) -> Kind:
@@ -215,7 +228,12 @@ def _files_of(folder: Path) -> list[Path]:
             found = f"{len(kinds['tar'])} tars and {len(kinds['parquet'])} Parquet files"
             raise RecordError(f"{found} but one kind of shards is expected ({folder}). Name the files: {folder}/*.tar.")
         return kinds["tar"]  # what downloads pairs writes a table of the same name beside each tar: their texts a second time
-    shards = kinds["parquet"] or kinds["tar"] or (find_captions(kinds["text"]) if has_images else []) or kinds["text"]
+    texts = kinds["text"]
+    if not (kinds["parquet"] or kinds["tar"]):
+        texts = [file for file in texts if file.suffix.lower() != ".json" or not is_one_object(_head_of(file))]
+    shards = kinds["parquet"] or kinds["tar"] or (find_captions(texts) if has_images else []) or texts
+    if not shards and (folder / "state.json").is_file():
+        raise RecordError(f"Arrow files of datasets.save_to_disk but JSON, CSV, Parquet or tars are needed ({folder}). Call to_parquet.")
     if not shards:
         what = "images without a captions file" if has_images else "no file of records"
         remedy = "Add metadata.csv with the columns file_name and text." if has_images else "Name a folder that holds some."
@@ -224,22 +242,31 @@ def _files_of(folder: Path) -> list[Path]:
     return shards
 
 
+def _head_of(file: Path) -> bytes:
+    """Its first bytes; none where it cannot be read, of which whoever opens it tells."""
+    try:
+        return read_span(file, 0, 256)
+    except OSError:
+        return b""
+
+
 def _refuse_splits(shards: Sequence[Path], folder: Path) -> None:
     """A folder that holds what is for training beside what is for tests is not one source.
 
     Raises:
         RecordError: files, or the folders in which they lie, are named for different splits.
     """
-    found: dict[str, Path] = {}
+    found: dict[str, tuple[Path, Path]] = {}  # a file, and what names its split: the file, or a folder in which it lies
     for file in shards:
-        for part in file.relative_to(folder).parts:
-            if match := _SPLIT.match(part):
-                found.setdefault(match.group(1).lower(), file)
+        for part in (*reversed(file.relative_to(folder).parents[:-1]), file.relative_to(folder)):
+            if match := _SPLIT.match(part.name):
+                found.setdefault(match.group(1).lower(), (file, folder / part))
                 break
     if len(found) > 1:
-        names = ", ".join(str(file.relative_to(folder)) for file in list(found.values())[:_LISTED])
-        example = next(iter(found))
-        raise RecordError(f"splits {', '.join(sorted(found))} ({names}) but one is expected ({folder}). Name it: {folder}/{example}*.")
+        names = ", ".join(str(file.relative_to(folder)) for file, _ in list(found.values())[:_LISTED])
+        split, (file, named) = next(iter(found.items()))
+        example = named if named != file else file.with_name(f"{file.name[: len(split)]}*{file.suffix}")
+        raise RecordError(f"splits {', '.join(sorted(found))} ({names}) but one is expected ({folder}). Name it: {example}.")
 
 
 def _is_ours(name: str) -> bool:

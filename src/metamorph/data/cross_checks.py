@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Int64
 
 from metamorph.data.faults import Fault
-from metamorph.data.formats import CAPTIONS
+from metamorph.data.record_fields import CAPTIONS
 from metamorph.data.row_checks import RowFindings, digest
 
 Found = tuple[int, Fault]
@@ -102,7 +102,7 @@ def changing_fields(shapes: list[Shape], place: Callable[[int], str]) -> Iterato
             rows = f"{other.count} row{'' if other.count == 1 else 's'}"
             said = f"{other.kind} in {rows}, here first, and {first.kind} in {first.count}, first at {place(first.first)}"
             expected = "one type is expected in all rows"
-            remedy = "It is read as it is, but Parquet and Hugging Face datasets hold one type in a column: write a list everywhere."
+            remedy = "It is read as it is, but Parquet and Hugging Face datasets hold one type in a column: write a list in all."
             yield other.first, Fault("field-changes-type", place(other.first), name, said, expected, remedy, "warning")
 
 
@@ -128,7 +128,7 @@ def unknown_columns(columns: Mapping[str, str], seen: Sequence[str], rows: int, 
 
 
 def absent_column(faults: list[Found], shapes: list[Shape], rows: int, place: str, columns: Sequence[str]) -> Fault | None:
-    """One fault of the file for those of its rows, where none of several rows has a field of media but they ask for one.
+    """One fault of the file for those of its rows, where none of several rows has a field of media but most ask for one.
 
     Args:
         faults: of the rows.
@@ -138,9 +138,9 @@ def absent_column(faults: list[Found], shapes: list[Shape], rows: int, place: st
         columns: what the rows have instead.
     """
     asking = {row for row, fault in faults if fault.code in ABSENT}
-    if shapes or rows < 2 or len(asking) < 2 or not set(columns):
+    if shapes or rows < 2 or 2 * len(asking) < rows or not set(columns):  # of a few rows each says so for itself
         return None
-    found = f"only the columns {', '.join(columns)}"
+    found = f"only the fields {', '.join(columns)}"
     if any(fault.code == "too-few-media" for _, fault in faults):
         expected = f"{len(asking)} of {rows} rows read have an <image> or <video>, and it must be in a column"
     elif any(name in CAPTIONS for name in columns) and len(asking) == rows:

@@ -13,10 +13,10 @@ turns is the system's turn, as other training tools write it.
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Literal, TypeAlias, get_args
+from collections.abc import Callable, Mapping
+from typing import Any
 
+from metamorph.data.record_fields import CAPTIONS, FILE_NAMES, KNOWN, STRICT, Format, detect, nearest
 from metamorph.data.rows import RawRow
 from metamorph.data.turns import (
     TAG,
@@ -32,55 +32,11 @@ from metamorph.data.turns import (
     split_tags,
     text_of,
 )
-from metamorph.errors import ConfigError
+from metamorph.media import format_of_name
 from metamorph.messages import Role
 
-Format: TypeAlias = Literal["llava", "messages", "metamorph", "qa", "pairs"]
-FORMATS: tuple[Format, ...] = get_args(Format)
-
-CAPTIONS = ("caption", "text", "txt")
-_IMAGES, _VIDEOS = ("image", "images"), ("video", "videos")
-_STRICT = {"id", "source", "kind", "weight", "messages"}
-_STRICT_PARTS = {"text": {"type", "text"}, "image": {"type", "path", "base64", "visual_tokens"}, "video": {"type", "frames", "fps"}}
-_KNOWN = ("conversations", "messages", "question", "answer", *CAPTIONS, *_IMAGES, *_VIDEOS)
-_HEADER = ("id", "source", "kind", "weight")
-FIELDS = (*_KNOWN, "system", *_HEADER)
-"""Every field that some format reads."""
+_TEXT_PARTS = ("text", "input_text", "output_text")
 _NEEDED = {"llava": "conversations", "messages": "messages", "metamorph": "messages"}
-
-
-def fields_of(kind: Format | None) -> set[str]:
-    """The fields that a format reads; None = any of them."""
-    if kind is None:
-        return set(FIELDS)
-    turns = {"llava": ("conversations",), "qa": ("question", "answer"), "pairs": CAPTIONS}.get(kind, ("messages",))
-    return {*turns, *_HEADER, *_IMAGES, *(() if kind == "pairs" else (*_VIDEOS, "system"))}
-
-
-def detect(values: Mapping[str, Any]) -> Format | None:
-    """The format that a row's fields tell; None where they tell none."""
-    if "conversations" in values:
-        return "llava"
-    if "messages" in values:
-        return "metamorph" if _is_strict(values) else "messages"
-    if "question" in values and "answer" in values:
-        return "qa"
-    if any(name in values for name in CAPTIONS) and any(name in values for name in _IMAGES):
-        return "pairs"
-    return None
-
-
-def _is_strict(values: Mapping[str, Any]) -> bool:
-    """Whether every field and part is one of ours, and no string holds a tag (which only a part of its own takes literally)."""
-    if not set(values) <= _STRICT or not isinstance(values["messages"], list):
-        return False
-    contents = [turn.get("content") for turn in values["messages"] if isinstance(turn, Mapping)]
-    if any(isinstance(content, str) and TAG.search(content) for content in contents):
-        return False
-    parts = [part for content in contents if isinstance(content, list) for part in content if isinstance(part, Mapping)]
-    strict = [set(part) <= _STRICT_PARTS.get(str(part.get("type")), set()) for part in parts]
-    bare = any(part.get("type") == "image" and len(part) == 1 for part in parts)  # takes the next of a list that is not there
-    return all(strict) and not bare
 
 
 def draft_of(raw: RawRow, kind: Format | None, teller: Teller) -> Draft | None:
@@ -100,9 +56,9 @@ def draft_of(raw: RawRow, kind: Format | None, teller: Teller) -> Draft | None:
         _tell_missing(needed, raw.values, teller)
         return None
     if chosen == "metamorph":  # other fields may be another's data; one that is nearly ours is a typo
-        for name in sorted(map(str, set(raw.values) - _STRICT)):
-            if remedy := _nearest(name, _STRICT):
-                teller.fault("field-unknown", name, f"unknown field {name!r}", f"only {', '.join(sorted(_STRICT))} are known", remedy)
+        for name in sorted(map(str, set(raw.values) - STRICT)):
+            if remedy := nearest(name, STRICT):
+                teller.fault("field-unknown", name, f"unknown field {name!r}", f"only {', '.join(sorted(STRICT))} are known", remedy)
     draft = _READERS[chosen](raw.values, teller)
     if draft is not None:
         _read_header(draft, raw, teller)
@@ -122,24 +78,7 @@ def _tell_missing(needed: str, values: Mapping[str, Any], teller: Teller) -> Non
 
 
 def _nearest_field(values: Mapping[str, Any]) -> str:
-    return next((said for name in values if (said := _nearest(str(name), _KNOWN))), "")
-
-
-def _nearest(name: str, known: Iterable[str]) -> str:
-    nearest = difflib.get_close_matches(name.lower(), known, n=1, cutoff=0.75)
-    return f"Did you mean {nearest[0]!r} by {name!r}?" if nearest and nearest[0] != name else ""
-
-
-def check_columns(columns: Mapping[str, str], where: str) -> None:
-    """Refuse a mapping of fields that nobody reads.
-
-    Raises:
-        ConfigError: a name is none of ours, with the nearest that is.
-    """
-    for ours in columns:
-        if ours not in FIELDS:
-            remedy = _nearest(ours, FIELDS) or "Write our name first, the file's behind it."
-            raise ConfigError(f"a column for {ours!r} but one of {', '.join(FIELDS)} is expected ({where}). {remedy}")
+    return next((said for name in values if (said := nearest(str(name), KNOWN))), "")
 
 
 def _read_header(draft: Draft, raw: RawRow, teller: Teller) -> None:
@@ -193,13 +132,23 @@ def _tagged(values: Mapping[str, Any], name: str, keys: tuple[str, str], teller:
     items = values[name]
     if not isinstance(items, list) or not items:
         found = "an empty list" if isinstance(items, list) else type(items).__name__ if items is not None else "null"
-        teller.fault("turns-missing", name, found, "a list of turns is needed", "Fill it or drop the row.")
+        remedy = "Write the list itself, not its text." if isinstance(items, str) else "Fill it or drop the row."
+        teller.fault("turns-missing", name, found, "a list of turns is needed", remedy)
         return None
     fields = {kind: _field_of(values, kind) for kind in ("image", "video")}
+    if fields["image"] in FILE_NAMES and any(_holds_media(item) for item in items):
+        fields["image"] = "image"  # which its parts name themselves
     queue = MediaQueue(*(_refs(values, kind, fields[kind], teller) for kind in ("image", "video")))
     turns = [_turn(item, f"{name}[{number}]", keys, queue, teller) for number, item in enumerate(items)]
     queue.check(fields, teller)
     return Draft([turn for turn in turns if turn is not None])
+
+
+def _holds_media(turn: Any) -> bool:
+    """Whether a turn has parts that name media of their own."""
+    said = turn.get("content", turn.get("value")) if isinstance(turn, Mapping) else None
+    parts = [part for part in said if isinstance(part, Mapping)] if isinstance(said, list) else []
+    return any(part.get("type") not in _TEXT_PARTS and len(part) > 1 for part in parts)
 
 
 def _turn(item: Any, where: str, keys: tuple[str, str], queue: MediaQueue, teller: Teller) -> Turn | None:
@@ -215,6 +164,9 @@ def _turn(item: Any, where: str, keys: tuple[str, str], queue: MediaQueue, telle
         teller.fault("field-missing", f"{where}.{missing[0]}", found, f"{missing[0]} is needed", "Add it or drop the row.")
         return None
     role, field = role_of(item[who], f"{where}.{who}", teller), f"{where}.{said}"
+    if role == "assistant" and (unlearnt := next((name for name in ("weight", "loss") if item.get(name, 1) in (0, False)), None)):
+        found, expected = f"{unlearnt} {item[unlearnt]!r}: not to be learned", "all that the assistant says is learned"
+        teller.fault("answer-unlearned", f"{where}.{unlearnt}", found, expected, "Drop it, or cut the conversation before this answer.")
     if isinstance(item[said], list):
         pieces = _parts(item[said], role, field, queue, teller)
     else:
@@ -232,7 +184,7 @@ def _pieces(value: Any, role: Role | None, where: str, queue: MediaQueue, teller
         if isinstance(piece, str):
             check_markers(piece, where, teller)
             pieces.append(piece)
-        elif (ref := queue.take(piece.kind)) is not None:
+        elif (ref := queue.take(piece.kind, where)) is not None:
             pieces.append(ref)
     return tuple(pieces)
 
@@ -241,7 +193,10 @@ def _parts(items: list[Any], role: Role | None, where: str, queue: MediaQueue, t
     """A list of parts as pieces; text in them is literal."""
     pieces: list[Piece] = []
     whole = True
+    blank = [_is_blank(item) for item in items]
     for number, item in enumerate(items):
+        if blank[number] and not all(blank):  # white space beside other parts says nothing
+            continue
         place = f"{where}[{number}]"
         piece = _part(item, role, place, queue, teller)
         whole = whole and piece is not None
@@ -256,11 +211,16 @@ def _parts(items: list[Any], role: Role | None, where: str, queue: MediaQueue, t
     return tuple(pieces) if whole and items else None
 
 
+def _is_blank(item: Any) -> bool:
+    text = item.get("text") if isinstance(item, Mapping) and item.get("type") in _TEXT_PARTS else item
+    return isinstance(text, str) and not text.strip()
+
+
 def _part(item: Any, role: Role | None, where: str, queue: MediaQueue, teller: Teller) -> Piece | None:
     if isinstance(item, str):
         item = {"type": "text", "text": item}
     kind = item.get("type") if isinstance(item, Mapping) else None
-    if kind in ("text", "input_text", "output_text"):
+    if kind in _TEXT_PARTS:
         text = text_of(item.get("text"), role, f"{where}.text", teller)
         if text is not None:
             check_markers(text, f"{where}.text", teller)
@@ -282,8 +242,13 @@ def _medium(
 ) -> MediaRef | None:
     """The medium of a part: what it names, or the next of the row's list where it names nothing."""
     given = [name for name in names if item.get(name) is not None]
+    if not given and queue.has(kind):
+        return queue.take(kind, where)
     if not given:
-        return queue.take(kind)
+        found = f"a part with only {', '.join(map(str, item))}"
+        expected = f"one of {', '.join(names)} is needed, for the row lists no {kind}s"
+        teller.fault(f"{kind}-empty", where, found, expected, "Name its file.")
+        return None
     value = item[given[0]]
     if given[0].endswith("_url") and isinstance(value, Mapping):
         value = value.get("url")
@@ -298,12 +263,17 @@ def _medium(
 
 
 def _field_of(values: Mapping[str, Any], kind: str) -> str:
-    return next((name for name in (kind, f"{kind}s") if values.get(name) is not None), kind)
+    given = next((name for name in (kind, f"{kind}s") if values.get(name) is not None), None)
+    if given is None and kind == "image":
+        given = next((name for name in FILE_NAMES if format_of_name(str(values.get(name)))), None)
+    return given or kind
 
 
 def _refs(values: Mapping[str, Any], kind: MediaKind, field: str, teller: Teller) -> list[MediaRef]:
     """The media that a row lists in its own field: none, one, or several."""
     value = values.get(field)
+    if isinstance(value, Mapping) and all(one is None for one in value.values()):  # how some writers of Parquet say that there is none
+        value = None
     if (other := values.get(f"{kind}s")) and value and field == kind and other not in (value, [value]) and value != [other]:
         found, expected = f"other {kind}s than {field} has", "one field is expected, for only one is read"
         teller.fault("media-twice", f"{kind}s", found, expected, f"Put all into {kind}s, or leave it out.")
@@ -311,7 +281,7 @@ def _refs(values: Mapping[str, Any], kind: MediaKind, field: str, teller: Teller
         return []
     if isinstance(value, (list, tuple)):
         if not value:
-            remedy = "Leave the field out of rows without one."
+            remedy = "Leave the field out of rows without one, or write null."
             teller.fault(f"{kind}s-empty", field, "an empty list", f"at least one {kind} is expected", remedy, warning=True)
         if kind == "video" and value and all(isinstance(one, (list, tuple)) for one in value):
             return [MediaRef(kind, one, f"{field}[{number}]") for number, one in enumerate(value)]
@@ -340,6 +310,9 @@ def _qa(values: Mapping[str, Any], teller: Teller) -> Draft | None:
     shown = () if tagged else (*images, *videos)  # without a tag, media come before the question
     turns: list[Turn] = []
     for role, name in asked:
+        if name not in values:
+            _tell_missing(name, values, teller)
+            continue
         pieces = _pieces(values.get(name), role, name, queue, teller)
         if pieces is not None:
             turns.append(Turn(role, (*(shown if role == "user" else ()), *pieces), name))
@@ -352,11 +325,15 @@ def _pairs(values: Mapping[str, Any], teller: Teller) -> Draft | None:
     """An image and its caption; the wording of the request belongs to whoever makes the example."""
     field = _field_of(values, "image")
     refs = _refs(values, "image", field, teller)
-    name = next((one for one in CAPTIONS if one in values), CAPTIONS[0])
+    name = next((one for one in CAPTIONS if one in values), None)
+    if name is None:
+        _tell_missing(CAPTIONS[0], values, teller)
+        return None
     text = text_of(values.get(name), "user", name, teller)
     if len(refs) != 1:
         if not teller.failed:
-            teller.fault("image-missing", field, _several_images(len(refs)), "exactly 1 is needed for a caption", "Add it or drop the row.")
+            code, remedy = ("too-many-media", "Keep one of them.") if refs else ("image-missing", "Add it or drop the row.")
+            teller.fault(code, field, _several_images(len(refs)), "exactly 1 is needed for a caption", remedy)
         return None
     if text is None:
         return None

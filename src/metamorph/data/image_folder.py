@@ -185,19 +185,19 @@ def find_captions(files: Sequence[Path]) -> list[Path]:
 
 
 def find_delimiter(header: str) -> str | None:
-    """What separates the columns of a header, if it is one: several names, none of them empty."""
+    """What separates the columns of a header, if it is one: several names, none of them empty but that of pandas' numbers of rows."""
     read = {delimiter: next(csv.reader(io.StringIO(header, newline=""), delimiter=delimiter), []) for delimiter in _DELIMITERS}
-    likely = [delimiter for delimiter, columns in read.items() if len(columns) > 1 and all(map(str.strip, columns))]
+    likely = [delimiter for delimiter, columns in read.items() if len(columns) > 1 and all(map(str.strip, columns[len(columns) > 2 :]))]
     return next((delimiter for delimiter in likely if _has_both(read[delimiter])), likely[0] if likely else None)
 
 
 def looks_like_csv(head: bytes) -> bool:
     """Whether the first bytes of a file are a header and rows, of which some may be broken: of captions, or mostly of as many values."""
     lines = head.removeprefix(BOM).decode("utf-8", "replace").rstrip("\r\n").splitlines()
-    if len(lines) < 2 or b"\0" in head or (delimiter := find_delimiter(lines[0])) is None:
+    if not lines or b"\0" in head or (delimiter := find_delimiter(lines[0])) is None:
         return False
     columns, *rows = islice(filter(None, csv.reader(io.StringIO("\n".join(lines), newline=""), delimiter=delimiter)), 1 + _PROBED)
-    return _has_both(columns) or 2 * sum(len(row) == len(columns) for row in rows) >= max(1, len(rows))
+    return _has_both(columns) or (bool(rows) and 2 * sum(len(row) == len(columns) for row in rows) >= max(1, len(rows)))
 
 
 def _tells(columns: Collection[str]) -> bool | None:

@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 from metamorph.data.faults import Fault
-from metamorph.data.formats import CAPTIONS
 from metamorph.data.mixture import ExampleSource
+from metamorph.data.record_fields import CAPTIONS
 from metamorph.data.row_checks import digest
 from metamorph.data.source import FileSource, open_source
 from metamorph.data.turns import TAG

@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 
 from metamorph.data.faults import Fault, Report, from_error, raise_errors
-from metamorph.data.formats import Format, draft_of
+from metamorph.data.formats import draft_of
+from metamorph.data.record_fields import Format
 from metamorph.data.references import Roots, image_part, path_of
 from metamorph.data.rows import RawRow
 from metamorph.data.turns import Draft, MediaRef, Teller, Turn, check_order
@@ -155,6 +156,9 @@ def _listed_frames(ref: MediaRef, frames: Any, fps: Any, settings: RecordSetting
     if not frames:
         teller.fault("video-empty", ref.field, "a video of 0 frames", "at least 1 is needed", "Drop it or give it frames.")
         return None
+    if len(frames) == 1:
+        expected, remedy = "more than one frame is expected", "Show it as an image, or leave the row out."
+        teller.fault("video-short", ref.field, "a video of 1 frame", expected, remedy, warning=True)
     values = [_frame_value(frame) for frame in frames]
     parts = [_image(MediaRef("image", value, f"{ref.field}[{number}]"), settings, teller) for number, value in enumerate(values)]
     if fps is not None and (isinstance(fps, bool) or not isinstance(fps, (int, float)) or not 0 < fps < float("inf")):

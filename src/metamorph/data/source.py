@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from metamorph.data.faults import Fault, Report, raise_errors
-from metamorph.data.formats import FORMATS, Format, check_columns, detect
+from metamorph.data.record_fields import FORMATS, Format, check_columns, detect
 from metamorph.data.records import RecordSettings, to_example
 from metamorph.data.references import Fetch, Roots
 from metamorph.data.rows import Rows, refuse_broken_files

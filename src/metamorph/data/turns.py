@@ -108,7 +108,8 @@ def text_of(value: Any, role: Role | None, where: str, teller: Teller) -> str | 
         teller.fault(f"{whose}-null", where, "null", "text is needed", "Fill it or drop the row.")
     elif not isinstance(value, str):
         kind = "a number" if isinstance(value, (int, float)) and not isinstance(value, bool) else f"{type(value).__name__}"
-        teller.fault("text-type", where, f"{kind} ({value!r:.40})", "text is needed", "Put it in quotes.")
+        remedy = "Choose one text." if isinstance(value, (list, tuple)) else "Write it as text (in JSON: in quotes)."
+        teller.fault("text-type", where, f"{kind} ({value!r:.40})", "text is needed", remedy)
     elif not value.strip():
         teller.fault(f"{whose}-empty", where, "empty text", "text or an image is needed", "Fill it or drop the row.")
     else:
@@ -201,7 +202,9 @@ def _stray(teller: Teller, where: str, tag: str, inside: str) -> None:
 
 def check_markers(text: str, where: str, teller: Teller) -> None:
     """Warn of special tokens and role markers spelled in text: they are read as plain text."""
-    if match := MARKERS.search(text):
+    spans = [match.span() for match in _CODE.finditer(text)] if "`" in text else []
+    found = (match for match in MARKERS.finditer(text) if not any(first <= match.start() < last for first, last in spans))
+    if match := next(found, None):
         teller.fault(
             "marker-in-text",
             where,
@@ -221,11 +224,20 @@ class MediaQueue:
         self._only = "video" if self._refs["video"] and not self._refs["image"] else None
         self._given = {kind: len(refs) for kind, refs in self._refs.items()}
         self._asked = {"image": 0, "video": 0}
+        self._first: dict[str, str] = {}  # where the first medium of a kind is asked for
+        self._tags: dict[str, str] = {}  # by which tag
 
-    def take(self, kind: MediaKind) -> MediaRef | None:
-        """The next medium of a kind."""
+    def has(self, kind: MediaKind) -> bool:
+        """Whether the record lists any of a kind."""
+        return bool(self._given[kind])
+
+    def take(self, kind: MediaKind, where: str) -> MediaRef | None:
+        """The next medium of a kind, for a place in the field `where`."""
+        tag = f"<{kind}>"
         kind = self._only if kind == "image" and self._only else kind  # pyright: ignore[reportAssignmentType]
+        self._tags.setdefault(kind, tag)
         self._asked[kind] += 1
+        self._first.setdefault(kind, where)
         number = self._asked[kind] - 1
         return self._refs[kind][number] if number < len(self._refs[kind]) else None
 
@@ -235,13 +247,15 @@ class MediaQueue:
             asked = self._asked[kind]
             if asked == given:
                 continue
-            tag = "<image>" if self._only or kind == "image" else "<video>"
+            tag = self._tags.get(kind, f"<{kind}>")
+            remedy = f"Write one {tag} for each {kind}, where it is to be seen"
+            remedy += "." if given else "; if the word itself is meant, write the turn as a list of parts."
             teller.fault(
                 "too-few-media" if asked > given else "too-many-media",
-                fields[kind],
+                fields[kind] if given else self._first[kind],  # a field that the row has
                 f"{_several(asked, tag)} in the text",
                 f"{_several(given, kind)} given",
-                f"Write one {tag} for each {kind}, where it is to be seen.",
+                remedy,
             )
 
 
