@@ -228,8 +228,8 @@ class MediaQueue:
         self._tags: dict[str, str] = {}  # by which tag
 
     def has(self, kind: MediaKind) -> bool:
-        """Whether the record lists any of a kind."""
-        return bool(self._given[kind])
+        """Whether the record lists any of a kind, or a video where `<image>` means one."""
+        return bool(self._given[kind]) or (kind == "image" and self._only is not None)
 
     def take(self, kind: MediaKind, where: str) -> MediaRef | None:
         """The next medium of a kind, for a place in the field `where`."""
