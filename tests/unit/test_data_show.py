@@ -75,7 +75,7 @@ def test_packs_of_rows_filled_ahead_are_those_of_training(processor):
     packer, expected = RowPacker(iter([view.sequence for view in views]), packing), []
     while row := packer.next_row():
         expected.append([sequence.id for sequence in row])
-    rows = packed(views, length, packing)
+    rows = packed(views, length, packing.look_ahead)
     assert [[name for name, _, _ in row.documents] for row in rows] == expected
     assert expected != [[name for name, _, _ in row.documents] for row in packed(views, length)]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from metamorph.cli.data_options import (
+    STDOUT,
     AllowUrls,
     Chosen,
     Columns,
@@ -24,6 +24,7 @@ from metamorph.cli.data_options import (
     parse_columns,
     shown_progress,
     sources_of,
+    write_json,
 )
 from metamorph.cli.terminal import quiet_libraries, show_table
 from metamorph.places import check_target
@@ -37,7 +38,6 @@ if TYPE_CHECKING:
     from metamorph.data.row_checks import CheckSettings
 
 EXIT_PROBLEMS = 1
-_STDOUT = "-"
 
 
 def check(
@@ -55,7 +55,7 @@ def check(
 ) -> None:
     """Check data before training: exit code 0 if nothing is wrong, 1 if there are problems (warnings too), 2 if the input is refused."""
     check_input("metamorph data check", files, recipe, image_root, columns, allow_urls)
-    if json_file is not None and str(json_file) != _STDOUT:
+    if json_file is not None and str(json_file) != STDOUT:
         check_target(json_file, "--json")
     quiet_libraries()
     from metamorph.data.check import check as check_source
@@ -77,14 +77,8 @@ def check(
         with shown_progress(f"Checking {source.name}") as told:
             workers = jobs or (cores() if every else 1)
             reports.append(check_source(source, _settings(chosen, limit), sample=None if every else sample, jobs=workers, told=told))
-    if str(json_file) == _STDOUT:
-        typer.echo(json.dumps(to_json(reports), indent=1, ensure_ascii=False))
-    else:
-        if json_file is not None:
-            json_file.parent.mkdir(parents=True, exist_ok=True)
-            json_file.write_text(
-                json.dumps(to_json(reports), indent=1, ensure_ascii=False) + "\n", encoding="utf-8", errors="backslashreplace"
-            )
+    write_json(json_file, to_json(reports))
+    if str(json_file) != STDOUT:
         show(reports, chosen.why_not, listed=json_file)
     if any(report.faults for report in reports):
         raise typer.Exit(EXIT_PROBLEMS)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from metamorph.cli.data_options import Columns, cores, parse_columns, shown_progress
+from metamorph.cli.data_options import STDOUT, Columns, cores, parse_columns, shown_progress, write_json
 from metamorph.errors import ConfigError
 from metamorph.places import check_target
 
@@ -30,7 +29,7 @@ def leak(
     json_file: Annotated[Path | None, typer.Option("--json", help="Write everything as JSON; - writes it to stdout.")] = None,
 ) -> None:
     """Find a benchmark's prompts in training data: exit code 0 if there are none, 1 if there are, 2 if the input is refused."""
-    if json_file is not None and str(json_file) != "-":
+    if json_file is not None and str(json_file) != STDOUT:
         check_target(json_file, "--json")
     from metamorph.data.leak import Benchmark, find_leaks, read_prompts, to_json
     from metamorph.data.source import open_source
@@ -45,14 +44,9 @@ def leak(
         if report.unread == report.rows:
             found = f"prompts in none of {report.rows:,} rows"
             raise ConfigError(f"{found} but they are to be compared ({file}). Name their field (--columns question=ITS_NAME).")
-    text = json.dumps(to_json(reports), indent=1, ensure_ascii=False)
+    write_json(json_file, to_json(reports))
     found = [one for report in reports for one in report.leaks]
-    if str(json_file) == "-":
-        typer.echo(text)
-    else:
-        if json_file is not None:
-            json_file.parent.mkdir(parents=True, exist_ok=True)
-            json_file.write_text(text + "\n", encoding="utf-8", errors="backslashreplace")
+    if str(json_file) != STDOUT:
         for one in found[:SHOWN]:
             typer.echo(f"{one.match} {one.overlap:.0%}: {one.train.place} and {one.benchmark.place}")
             typer.echo(f"  train:     {_short(one.train.text)}\n  benchmark: {_short(one.benchmark.text)}")

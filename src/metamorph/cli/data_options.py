@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from inspect import signature
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 
 import typer
 
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
     from metamorph.model.processing import MetaMorphProcessor
     from metamorph.training.config import RunConfig
 
+STDOUT = "-"
+"""The name by which `--json` means standard output."""
 ImageRoot: TypeAlias = Annotated[
     Path | None, typer.Option(help="Folder to which paths of images are relative, and which they may not leave; by default the file's own.")
 ]
@@ -140,6 +143,18 @@ def sources_of(config: RunConfig, *, whole_files: bool = True, first: int = 0) -
         can_be = not whole_files and "whole_files" in signature(load_object(source.source)).parameters
         looser = {"kwargs": {**source.kwargs, "whole_files": False}} if can_be else {}
         yield load_source(source.model_copy(update=looser), first), max_length
+
+
+def write_json(place: Path | None, values: Any) -> None:
+    """What `--json` asks for: into a file, to stdout for `-`, nowhere without it. Names of files may be any bytes; they are escaped."""
+    if place is None:
+        return
+    text = json.dumps(values, indent=1, ensure_ascii=False)
+    if str(place) == STDOUT:
+        typer.echo(text)
+        return
+    place.parent.mkdir(parents=True, exist_ok=True)
+    place.write_text(text + "\n", encoding="utf-8", errors="backslashreplace")
 
 
 def cores() -> int:

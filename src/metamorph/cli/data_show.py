@@ -31,8 +31,8 @@ if TYPE_CHECKING:
 
     from metamorph.data.inspection import Run
     from metamorph.data.mixture import ExampleSource
-    from metamorph.data.packing import Packing
     from metamorph.data.showing import View
+    from metamorph.training.config import RunConfig
 
 _PACK = 4096  # positions of a row, where nobody says how many
 _PROBLEMS = 1
@@ -61,7 +61,8 @@ def show(
     from metamorph.data.showing import pack_table, packed
 
     console = Console()
-    chosen = _processor(model, recipe, max_length)
+    config = load_run(recipe)
+    chosen = _processor(model, recipe, config, max_length)
     assert chosen.processor is not None
     if file is not None:
         from metamorph.data.source import open_source
@@ -69,7 +70,6 @@ def show(
         root = None if image_root is None else str(image_root)
         source: ExampleSource = open_source(file, image_root=root, columns=parse_columns(columns), allow_urls=allow_urls, whole_files=False)
     else:
-        config = load_run(recipe)
         assert config is not None
         source, _ = next(sources_of(config, first=max(number, *(row or [0])) + 1))
     rows = row or range(min(number, len(source)))
@@ -82,7 +82,7 @@ def show(
         if view is not None:
             views.append(view)
             _print(console, view)
-    packs = packed(views, chosen.max_length or _PACK, _packing(recipe, chosen.max_length)) if pack else []
+    packs = packed(views, chosen.max_length or _PACK, _look_ahead(config)) if pack else []
     if packs:
         show_table(pack_table(packs))
     if html is not None:
@@ -91,25 +91,23 @@ def show(
         raise typer.Exit(_PROBLEMS)
 
 
-def _processor(model: str | None, recipe: str | None, max_length: int | None) -> Chosen:
+def _processor(model: str | None, recipe: str | None, config: RunConfig | None, max_length: int | None) -> Chosen:
     """The processor that was asked for; the shipped model's, where none was."""
     from metamorph.microworld.components import shipped
 
     if model is None and recipe is None:
         chosen = choose_processor(str(shipped("metamorph")), None, max_length)
         return Chosen(chosen.processor, "the shipped microworld model (--model or --recipe names another)", chosen.max_length)
-    chosen = choose_processor(model, load_run(recipe), max_length)
+    chosen = choose_processor(model, config, max_length)
     if chosen.processor is None:
         raise ConfigError(f"no processor ({chosen.why_not}) but one is needed to show tokens ({recipe}). Fetch it first, or give --model.")
     return chosen
 
 
-def _packing(recipe: str | None, max_length: int | None) -> Packing | None:
-    """How the recipe fills rows from draws ahead, where its first stage with data does."""
-    from metamorph.data.packing import Packing
-
-    data = next(iter(data_of(load_run(recipe))), None)
-    return Packing(max_length or data.max_length, data.look_ahead) if data is not None and data.batch_unit == "rows" else None
+def _look_ahead(config: RunConfig | None) -> int | None:
+    """How far ahead the recipe draws to fill rows, where its first stage with data does."""
+    data = next(iter(data_of(config)), None)
+    return data.look_ahead if data is not None and data.batch_unit == "rows" else None
 
 
 def _look(source: ExampleSource, index: int, chosen: Chosen) -> View | None:

@@ -106,10 +106,10 @@ def check(
         if told is not None:
             told(total.rows, len(indices))
     rows = _files_of(source)
-    of_files = [] if rows is None else list(rows.faults())
-    if rows is not None and isinstance(source, FileSource):
-        of_files += unknown_columns(source.settings.columns, list(total.columns), total.readable, _file_of(rows))
-    found = [*_of_rows(total, of_files, source.name if rows is None else _file_of(rows)), *_compared(source, settings, total)]
+    of_files, place = ([], source.name) if rows is None else (list(rows.faults()), _file_of(rows))
+    if isinstance(source, FileSource):
+        of_files += unknown_columns(source.settings.columns, list(total.columns), total.readable, place)
+    found = [*_of_rows(total, of_files, place), *_compared(source, settings, total)]
     found.sort(key=lambda pair: pair[0])  # stable: what a row says of itself stays before what others say of it
     lengths = total.table("lengths", 3)
     return SourceReport(

@@ -123,7 +123,7 @@ def detect(path: Path) -> Kind:
     text = head.removeprefix(BOM).lstrip(BLANK)
     if text.startswith(b"["):
         return "json array"
-    if is_one_object(head):
+    if _is_one_object(head):
         expected = "one object on each line, or an array of them, is needed"
         remedy = "Write the records that it holds as an array: [{...}, ...]; leave it out, if it only describes others."
         raise RecordError(f"one JSON object over several lines but {expected} ({path}). {remedy}")
@@ -173,7 +173,7 @@ class ConcatenatedRows(FaultyRows):
             yield from part.faults()
 
 
-def is_one_object(head: bytes) -> bool:
+def _is_one_object(head: bytes) -> bool:
     """Whether JSON begins as an object that is spread over lines: no row, but what describes a data set, or holds one inside."""
     return head.removeprefix(BOM).lstrip(BLANK).split(b"\n", 1)[0].rstrip() == b"{" and b"\n" in head
 
@@ -230,7 +230,7 @@ def _files_of(folder: Path) -> list[Path]:
         return kinds["tar"]  # what downloads pairs writes a table of the same name beside each tar: their texts a second time
     texts = kinds["text"]
     if not (kinds["parquet"] or kinds["tar"]):
-        texts = [file for file in texts if file.suffix.lower() != ".json" or not is_one_object(_head_of(file))]
+        texts = [file for file in texts if file.suffix.lower() != ".json" or not _is_one_object(_head_of(file))]
     shards = kinds["parquet"] or kinds["tar"] or (find_captions(texts) if has_images else []) or texts
     if not shards and (folder / "state.json").is_file():
         raise RecordError(f"Arrow files of datasets.save_to_disk but JSON, CSV, Parquet or tars are needed ({folder}). Call to_parquet.")

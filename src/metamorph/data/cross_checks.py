@@ -5,7 +5,6 @@ Rows are compared by hashes of 64 bits, kept in arrays: 16 bytes a row, 24 an im
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -14,7 +13,7 @@ import numpy as np
 from jaxtyping import Int64
 
 from metamorph.data.faults import Fault
-from metamorph.data.record_fields import CAPTIONS
+from metamorph.data.record_fields import CAPTIONS, nearest_column
 from metamorph.data.row_checks import RowFindings, digest
 
 Found = tuple[int, Fault]
@@ -121,10 +120,8 @@ def unknown_columns(columns: Mapping[str, str], seen: Sequence[str], rows: int, 
     """
     for ours, theirs in columns.items():
         if rows and theirs not in seen:
-            nearest = difflib.get_close_matches(theirs, seen, n=1, cutoff=0.5)
-            remedy = f"Did you mean {nearest[0]!r}?" if nearest else "Correct the mapping or leave it out."
             found, expected = f"{theirs!r} in none of {rows} rows read", f"a column for {ours} is expected, beside {', '.join(seen)}"
-            yield Fault("column-unknown", place, ours, found, expected, remedy)
+            yield Fault("column-unknown", place, ours, found, expected, nearest_column(theirs, seen))
 
 
 def absent_column(faults: list[Found], shapes: list[Shape], rows: int, place: str, columns: Sequence[str]) -> Fault | None:

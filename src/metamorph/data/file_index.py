@@ -42,6 +42,7 @@ _VERSION = 1
 _EDGE = 4096
 _MAPPED = 128  # indexes that a process keeps mapped: each holds a file open, of which many systems allow 1,024
 _SHOWN_FROM = 2**26  # bytes; smaller files are indexed before a bar could be read
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _log = logging.getLogger(__name__)
 
 
@@ -213,9 +214,6 @@ def _build(file: Path, scan: Scan, identity: dict[str, Any], progress: Progress,
     raise RecordError(
         f"no folder in which an index can be written but one is needed ({file}). Set METAMORPH_CACHE_DIR to a folder with room."
     )
-
-
-_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @contextmanager

@@ -20,11 +20,12 @@ from metamorph.data.faults import Fault
 from metamorph.data.file_index import Progress
 from metamorph.data.json_files import JsonLines
 from metamorph.data.line_index import BOM, LineIndex
+from metamorph.data.record_fields import FILE_NAMES
 from metamorph.data.rows import FaultyRows, RawRow, no_rows
 from metamorph.data.text_rows import TextRows
 
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm"})
-FILE_COLUMNS = ("file_name", "filename", "image", "path")
+FILE_COLUMNS = (*FILE_NAMES, "image", "path")
 CAPTION_COLUMNS = ("caption", "text")
 
 _CONVERSATIONS = ("messages", "conversations")
@@ -197,7 +198,7 @@ def looks_like_csv(head: bytes) -> bool:
     if not lines or b"\0" in head or (delimiter := find_delimiter(lines[0])) is None:
         return False
     columns, *rows = islice(filter(None, csv.reader(io.StringIO("\n".join(lines), newline=""), delimiter=delimiter)), 1 + _PROBED)
-    return _has_both(columns) or (bool(rows) and 2 * sum(len(row) == len(columns) for row in rows) >= max(1, len(rows)))
+    return _has_both(columns) or 2 * sum(len(row) == len(columns) for row in rows) >= max(1, len(rows))
 
 
 def _tells(columns: Collection[str]) -> bool | None:

@@ -15,10 +15,10 @@ FORMATS: tuple[Format, ...] = get_args(Format)
 CAPTIONS = ("caption", "text", "txt")
 IMAGES, VIDEOS = ("image", "images"), ("video", "videos")
 FILE_NAMES = ("file_name", "filename")  # as Hugging Face's imagefolder calls the image
-STRICT = {"id", "source", "kind", "weight", "messages"}
 _STRICT_PARTS = {"text": {"type", "text"}, "image": {"type", "path", "base64", "visual_tokens"}, "video": {"type", "frames", "fps"}}
 KNOWN = ("conversations", "messages", "question", "answer", *CAPTIONS, *IMAGES, *VIDEOS, *FILE_NAMES)
 _HEADER = ("id", "source", "kind", "weight")
+STRICT = {*_HEADER, "messages"}
 FIELDS = (*KNOWN, "system", *_HEADER)
 """Every field that some format reads."""
 
@@ -61,6 +61,12 @@ def nearest(name: str, known: Iterable[str]) -> str:
     """The remedy for a name that is nearly a known one; "" where it is none, or known."""
     found = difflib.get_close_matches(name.lower(), known, n=1, cutoff=0.75)
     return f"Did you mean {found[0]!r} by {name!r}?" if found and found[0] != name else ""
+
+
+def nearest_column(name: str, columns: Iterable[str]) -> str:
+    """The remedy for a column that a file does not have."""
+    found = difflib.get_close_matches(name, columns, n=1, cutoff=0.5)
+    return f"Did you mean {found[0]!r}?" if found else "Correct the mapping or leave it out."
 
 
 def check_columns(columns: Mapping[str, str], where: str) -> None:

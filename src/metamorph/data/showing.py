@@ -102,19 +102,20 @@ def look(example: Example, processor: ShowsSequences, limit: int | None = None) 
     return View(example, sequence, tuple(runs(sequence, processor.decode)), pictures, limit)
 
 
-def packed(views: Sequence[View], length: int, packing: Packing | None = None) -> list[PackedRow]:
+def packed(views: Sequence[View], length: int, look_ahead: int | None = None) -> list[PackedRow]:
     """The rows into which training would pack these documents, in this order; one that is too long for any is left out.
 
     Args:
         views: the documents.
         length: positions in a row.
-        packing: how, where rows are filled from draws ahead (`batch_unit: rows`); None = as a batch of these documents alone is packed.
+        look_ahead: of `Packing`, where rows are filled from draws ahead (`batch_unit: rows`); None = as a batch of these alone is packed.
     """
     from metamorph.data.collate import first_fit
 
     fitting = [view for view in views if len(view.sequence) <= length]
     rows = []
-    for row in first_fit([len(view.sequence) for view in fitting], length) if packing is None else _filled(fitting, packing):
+    lengths = [len(view.sequence) for view in fitting]
+    for row in first_fit(lengths, length) if look_ahead is None else _filled(fitting, Packing(length, look_ahead)):
         documents, start = [], 0
         for number in row:
             documents.append((fitting[number].example.id, start, len(fitting[number].sequence)))

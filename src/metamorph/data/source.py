@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -10,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from metamorph.data.faults import Fault, Report, raise_errors
-from metamorph.data.record_fields import FORMATS, Format, check_columns, detect
+from metamorph.data.record_fields import FORMATS, Format, check_columns, detect, nearest_column
 from metamorph.data.records import RecordSettings, to_example
 from metamorph.data.references import Fetch, Roots
 from metamorph.data.rows import Rows, refuse_broken_files
@@ -166,9 +165,8 @@ def _check_columns_of(rows: Rows, columns: Mapping[str, str]) -> None:
     if not missing or not seen:
         return
     name = min(missing)
-    nearest = difflib.get_close_matches(name, seen, n=1, cutoff=0.5)
-    remedy = f"Did you mean {nearest[0]!r}?" if nearest else "Correct the mapping or leave it out."
-    message = f"columns {', '.join(seen)} but {name!r} is named (columns of {rows.name}, {asked} rows read). {remedy}"
+    found = f"columns {', '.join(seen)} but {name!r} is named"
+    message = f"{found} (columns of {rows.name}, {asked} rows read). {nearest_column(name, seen)}"
     if asked == len(rows):
         raise ConfigError(message)
     _log.warning("%s", message)  # one of the others may have it; a check of all rows tells

@@ -119,13 +119,13 @@ def text_of(value: Any, role: Role | None, where: str, teller: Teller) -> str | 
 
 def split_tags(text: str, role: Role | None, where: str, teller: Teller) -> list[str | Tag]:
     """Text cut at its tags; tags where none can be meant are reported."""
-    spans = [match.span() for match in _CODE.finditer(text)] if "`" in text else []
+    code = _code_in(text)
     pieces: list[str | Tag] = []
     end = 0
     for match in TAG.finditer(text):
         start, after = match.span()
         before_word, after_word = text[start - 1 : start], text[after : after + 1]
-        if any(first <= start < last for first, last in spans):
+        if _is_within(start, code):
             _stray(teller, where, match.group(), "inside code")
         elif _in_word(before_word) and _in_word(after_word):
             _stray(teller, where, match.group(), f"inside the word {_word_around(text, start, after)!r}")
@@ -137,14 +137,32 @@ def split_tags(text: str, role: Role | None, where: str, teller: Teller) -> list
         pieces.append(Tag("image" if match.group(1) == "image" else "video"))
         end = after
     pieces.append(text[end:])
-    _check_almost_tags(text, spans, where, teller)
+    _check_almost_tags(text, where, teller)
     return _stripped(pieces)
 
 
-def _check_almost_tags(text: str, code: list[tuple[int, int]], where: str, teller: Teller) -> None:
+def _code_in(text: str) -> list[tuple[int, int]]:
+    """Where code begins and ends, by its backticks."""
+    return [match.span() for match in _CODE.finditer(text)] if "`" in text else []
+
+
+def _is_within(position: int, spans: list[tuple[int, int]]) -> bool:
+    return any(first <= position < last for first, last in spans)
+
+
+def _outside_code(pattern: re.Pattern[str], text: str) -> re.Match[str] | None:
+    """The first match that is not in code."""
+    code: list[tuple[int, int]] | None = None
+    for match in pattern.finditer(text):
+        code = _code_in(text) if code is None else code  # most texts have no match at all
+        if not _is_within(match.start(), code):
+            return match
+    return None
+
+
+def _check_almost_tags(text: str, where: str, teller: Teller) -> None:
     """Warn of what looks like a tag and is none, such as `<Image>` or `<image_1>`: it is read as text."""
-    found = (match for match in _ALMOST_TAG.finditer(text) if not any(first <= match.start() < last for first, last in code))
-    if match := next(found, None):
+    if match := _outside_code(_ALMOST_TAG, text):
         kind = "video" if "vid" in match.group().lower() else "image"
         expected = f"<{kind}> is what shows one (this is read as text)"
         teller.fault("tag-unknown", where, f"{match.group()!r} in the text", expected, f"Write <{kind}>, or remove it.", warning=True)
@@ -202,9 +220,7 @@ def _stray(teller: Teller, where: str, tag: str, inside: str) -> None:
 
 def check_markers(text: str, where: str, teller: Teller) -> None:
     """Warn of special tokens and role markers spelled in text: they are read as plain text."""
-    spans = [match.span() for match in _CODE.finditer(text)] if "`" in text else []
-    found = (match for match in MARKERS.finditer(text) if not any(first <= match.start() < last for first, last in spans))
-    if match := next(found, None):
+    if match := _outside_code(MARKERS, text):
         teller.fault(
             "marker-in-text",
             where,
@@ -224,8 +240,7 @@ class MediaQueue:
         self._only = "video" if self._refs["video"] and not self._refs["image"] else None
         self._given = {kind: len(refs) for kind, refs in self._refs.items()}
         self._asked = {"image": 0, "video": 0}
-        self._first: dict[str, str] = {}  # where the first medium of a kind is asked for
-        self._tags: dict[str, str] = {}  # by which tag
+        self._first: dict[str, tuple[str, str]] = {}  # by which tag the first medium of a kind is asked for, and where
 
     def has(self, kind: MediaKind) -> bool:
         """Whether the record lists any of a kind, or a video where `<image>` means one."""
@@ -235,9 +250,8 @@ class MediaQueue:
         """The next medium of a kind, for a place in the field `where`."""
         tag = f"<{kind}>"
         kind = self._only if kind == "image" and self._only else kind  # pyright: ignore[reportAssignmentType]
-        self._tags.setdefault(kind, tag)
         self._asked[kind] += 1
-        self._first.setdefault(kind, where)
+        self._first.setdefault(kind, (tag, where))
         number = self._asked[kind] - 1
         return self._refs[kind][number] if number < len(self._refs[kind]) else None
 
@@ -247,12 +261,12 @@ class MediaQueue:
             asked = self._asked[kind]
             if asked == given:
                 continue
-            tag = self._tags.get(kind, f"<{kind}>")
+            tag, where = self._first.get(kind, (f"<{kind}>", ""))
             remedy = f"Write one {tag} for each {kind}, where it is to be seen"
             remedy += "." if given else "; if the word itself is meant, write the turn as a list of parts."
             teller.fault(
                 "too-few-media" if asked > given else "too-many-media",
-                fields[kind] if given else self._first[kind],  # a field that the row has
+                fields[kind] if given else where,  # a field that the row has
                 f"{_several(asked, tag)} in the text",
                 f"{_several(given, kind)} given",
                 remedy,

@@ -316,14 +316,14 @@ def load_object(path: str) -> Any:
 
 def _call(config: SourceConfig, **given: Any) -> Any:
     function = load_object(config.source)
-    parameters = inspect.signature(function).parameters
-    if not any(one.kind is one.VAR_KEYWORD for one in parameters.values()):
-        _check_names(config.kwargs, [name for name in parameters if name not in given], f"{config.source} kwargs", "argument")
+    signature = inspect.signature(function)
+    if not any(one.kind is one.VAR_KEYWORD for one in signature.parameters.values()):
+        _check_names(config.kwargs, [name for name in signature.parameters if name not in given], f"{config.source} kwargs", "argument")
     try:
-        inspect.signature(function).bind(**given, **config.kwargs)
+        signature.bind(**given, **config.kwargs)
     except TypeError as error:
-        signature = f"{config.source}{inspect.signature(function)}"
-        raise ConfigError(f"arguments {sorted(config.kwargs)} but they must fit {signature}: {error}. Correct kwargs.") from None
+        must = f"they must fit {config.source}{signature}"
+        raise ConfigError(f"arguments {sorted(config.kwargs)} but {must}: {error}. Correct kwargs.") from None
     return function(**given, **config.kwargs)
 
 

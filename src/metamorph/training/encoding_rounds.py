@@ -100,12 +100,10 @@ class FoundImage(NamedTuple):
 
     key: bytes
     image: ImageSource | None
-    """None = the row is to be read again."""
+    """None = the row is to be read again; never of a path, which takes no memory."""
     row: int
     number: int
     """In its row, from 1."""
-    said: str
-    """How a fault calls it: its path, or nothing."""
 
 
 @dataclass(frozen=True)
@@ -153,7 +151,7 @@ class Rounds:
         counts = (len(rows), sum(len(row.images) for row in rows), len(new) - len(failed))
         told = gather_objects((failed, [fault for row in rows for fault in row.faults], counts))
         broken = {key: error for failures, _, _ in told for key, error in failures.items()}
-        named = [str(_named(broken[one.key], row.place, one.said, one.number)) for row in rows for one in row.images if one.key in broken]
+        named = [str(_named(broken[one.key], row.place, one.image, one.number)) for row in rows for one in row.images if one.key in broken]
         for key in owners:
             if key not in broken:
                 self.known.add(key)
@@ -170,13 +168,12 @@ class Rounds:
             return SeenRow(faults=(example,))
         images, faults = [], []
         for position, image in _images(example):
-            said = str(image) if isinstance(image, Path) else ""
             try:
                 key = image_hash(image)
             except DataError as error:
-                faults.append(str(_named(_fault(error), example.place, said, position)))
+                faults.append(str(_named(_fault(error), example.place, image, position)))
                 continue
-            images.append(FoundImage(key, image if self.budget.take(_held(image)) else None, number, position, said))
+            images.append(FoundImage(key, image if self.budget.take(_held(image)) else None, number, position))
         return SeenRow(example.place, tuple(images), tuple(faults))
 
     def encode_new(self, new: Sequence[FoundImage]) -> dict[bytes, Fault]:
@@ -284,7 +281,7 @@ def _fault(error: DataError) -> Fault:
     return from_error(error, "image-broken", place="")
 
 
-def _named(fault: Fault, place: str, said: str, number: int) -> Fault:
+def _named(fault: Fault, place: str, image: ImageSource | None, number: int) -> Fault:
     """A fault of an image in its row."""
-    found = f"{fault.found} in {said!r}" if said else fault.found
+    found = f"{fault.found} in {str(image)!r}" if isinstance(image, Path) else fault.found
     return replace(fault, place=place, field=f"image {number}", found=found)
